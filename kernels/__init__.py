@@ -1,0 +1,31 @@
+"""Shared tensor kernels: log-probability and entropy, advantages, logit shaping; needs torch and nothing else of this project.
+
+Every kernel has one contract and several backends: ``reference`` is the obvious form (float64 in gives float64 out), ``eager``
+the chunked torch form that never holds tokens x vocabulary. ``backend="auto"`` picks the fastest one that exists.
+"""
+
+from __future__ import annotations
+
+from kernels.backends import NotAvailable
+from kernels.grouping import (
+    centred_advantage,
+    group_normalised_advantage,
+    hierarchical_advantage,
+    token_level_group_average_advantage,
+)
+from kernels.logprob import linear_logprob_entropy, logprob_entropy
+from kernels.shaping import shape_logits_
+
+# transformers looks for a hub package of this name and would use it if the version were 0.10 or more; keep it far below.
+__version__ = "0.0.0"
+
+__all__ = [
+    "NotAvailable",
+    "centred_advantage",
+    "group_normalised_advantage",
+    "hierarchical_advantage",
+    "linear_logprob_entropy",
+    "logprob_entropy",
+    "shape_logits_",
+    "token_level_group_average_advantage",
+]

@@ -1,0 +1,151 @@
+"""From scored rollouts to packed training data and on to padded micro-batches; every step is exactly reversible."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rl.types import Rollout, TrainBatch
+
+
+def pack_rollouts(
+    rollouts: Sequence[Rollout], advantage_N: torch.Tensor, minibatch_N: torch.Tensor, *, train_prefix: bool = True
+) -> TrainBatch:
+    """Pack rollouts into one ragged batch: prompt + response of each, one after the other.
+
+    ``advantage_N`` (float, N) is spread over the response tokens of its rollout; prompt tokens carry no loss, and the budget
+    sentence only when ``train_prefix``. Raises ValueError when the lengths disagree.
+    """
+    if not len(rollouts) == advantage_N.numel() == minibatch_N.numel():
+        raise ValueError(f"{len(rollouts)} rollouts, {advantage_N.numel()} advantages, {minibatch_N.numel()} mini-batch ids")
+    tokens: list[int] = []
+    starts, prompt_lengths, prefill_lengths = [0], [], []
+    mask: list[bool] = []
+    sampled: list[float] = []
+    for rollout in rollouts:
+        prompt = rollout.lease.prompt.token_ids
+        prefill, generated = rollout.prefill_length, rollout.length - rollout.prefill_length
+        if generated != len(rollout.logp_T):
+            raise ValueError(f"rollout {rollout.lease.ticket}: {generated} generated tokens but {len(rollout.logp_T)} log-probs")
+        tokens += [*prompt, *rollout.response_ids]
+        starts.append(len(tokens))
+        prompt_lengths.append(len(prompt))
+        prefill_lengths.append(prefill)
+        mask += [False] * len(prompt) + [train_prefix] * prefill + [True] * generated
+        sampled += [float("nan")] * (len(prompt) + prefill) + list(rollout.logp_T)
+    start_N = torch.tensor(starts, dtype=torch.int64)
+    loss_mask_T = torch.tensor(mask, dtype=torch.bool)
+    spread_T = advantage_N.float().repeat_interleave(start_N.diff())
+    return TrainBatch(
+        token_T=torch.tensor(tokens, dtype=torch.int64),
+        start_N=start_N,
+        prompt_length_N=torch.tensor(prompt_lengths, dtype=torch.int64),
+        prefill_length_N=torch.tensor(prefill_lengths, dtype=torch.int64),
+        loss_mask_T=loss_mask_T,
+        advantage_T=torch.where(loss_mask_T, spread_T, torch.zeros_like(spread_T)),
+        sampled_logp_T=torch.tensor(sampled, dtype=torch.float32),
+        temperature_N=torch.tensor([r.lease.shaping.temperature for r in rollouts], dtype=torch.float32),
+        minibatch_N=minibatch_N.to(torch.int64),
+    )
+
+
+def unpack_tokens(batch: TrainBatch) -> list[list[int]]:
+    """Token ids of every rollout (prompt + response), in order: the inverse of packing."""
+    return [batch.token_T[a:b].tolist() for a, b in zip(batch.start_N[:-1].tolist(), batch.start_N[1:].tolist(), strict=True)]
+
+
+def select_rollouts(batch: TrainBatch, index: Sequence[int]) -> TrainBatch:
+    """The sub-batch of the given rollouts, in the given order."""
+    lengths = batch.start_N.diff()
+    picked = torch.tensor(list(index), dtype=torch.int64)
+    positions = [torch.arange(int(batch.start_N[i]), int(batch.start_N[i + 1])) for i in index]
+    position_T = torch.cat(positions) if positions else torch.zeros(0, dtype=torch.int64)
+    start_N = torch.cat([torch.zeros(1, dtype=torch.int64), lengths[picked].cumsum(0)])
+    return TrainBatch(
+        token_T=batch.token_T[position_T],
+        start_N=start_N,
+        prompt_length_N=batch.prompt_length_N[picked],
+        prefill_length_N=batch.prefill_length_N[picked],
+        loss_mask_T=batch.loss_mask_T[position_T],
+        advantage_T=batch.advantage_T[position_T],
+        sampled_logp_T=batch.sampled_logp_T[position_T],
+        temperature_N=batch.temperature_N[picked],
+        minibatch_N=batch.minibatch_N[picked],
+    )
+
+
+def plan_microbatches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Group rollouts of similar length so that rows x longest <= token_budget; longest first, so that memory peaks at once.
+
+    Returns lists of indices; a rollout longer than the budget gets a micro-batch of its own. Padding is what sorting leaves:
+    measured 2-6 % on the quickstart, against 14.3 s instead of 5.6 s for one packed row with SDPA on CPU.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    plan: list[list[int]] = []
+    for i in order:
+        longest = lengths[plan[-1][0]] if plan else 0
+        if plan and (len(plan[-1]) + 1) * longest <= token_budget:
+            plan[-1].append(i)
+        else:
+            plan.append([i])
+    return plan
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Right-padded rows of one forward pass. Causal attention alone keeps real tokens from seeing the padding on their right.
+
+    ``position_T`` indexes the flattened (rows x width) grid at the positions that *predict* the R response tokens of all rows.
+    """
+
+    token_BS: torch.Tensor
+    """int64 (rows, width)."""
+    position_T: torch.Tensor
+    """int64 (R)."""
+    target_T: torch.Tensor
+    """int64 (R): the response tokens."""
+    source_T: torch.Tensor
+    """int64 (R): where each response token stands in the TrainBatch."""
+    mask_T: torch.Tensor
+    """bool (R): whether the token carries loss."""
+    advantage_T: torch.Tensor
+    sampled_logp_T: torch.Tensor
+    temperature_T: torch.Tensor
+    """float32 (R)."""
+    padding: int
+    """Padded tokens in the grid."""
+
+
+def pad_rows(batch: TrainBatch, index: Sequence[int]) -> MicroBatch:
+    """Lay the given rollouts out as rows; an empty index gives a row of two tokens that carries no loss."""
+    if not index:
+        one = torch.zeros(1, dtype=torch.int64)
+        return MicroBatch(
+            token_BS=torch.zeros((1, 2), dtype=torch.int64), position_T=one, target_T=one, source_T=one,
+            mask_T=torch.zeros(1, dtype=torch.bool), advantage_T=torch.zeros(1),
+            sampled_logp_T=torch.full((1,), float("nan")), temperature_T=torch.ones(1), padding=2,
+        )
+    starts, ends = batch.start_N[:-1].tolist(), batch.start_N[1:].tolist()
+    width = max(ends[i] - starts[i] for i in index)
+    token_BS = torch.zeros((len(index), width), dtype=torch.int64)
+    positions, sources, temperatures = [], [], []
+    for row, i in enumerate(index):
+        length, prompt = ends[i] - starts[i], int(batch.prompt_length_N[i])
+        token_BS[row, :length] = batch.token_T[starts[i] : ends[i]]
+        positions.append(torch.arange(row * width + prompt - 1, row * width + length - 1))
+        sources.append(torch.arange(starts[i] + prompt, ends[i]))
+        temperatures.append(batch.temperature_N[i].expand(length - prompt))
+    source_T = torch.cat(sources)
+    return MicroBatch(
+        token_BS=token_BS,
+        position_T=torch.cat(positions),
+        target_T=batch.token_T[source_T],
+        source_T=source_T,
+        mask_T=batch.loss_mask_T[source_T],
+        advantage_T=batch.advantage_T[source_T],
+        sampled_logp_T=batch.sampled_logp_T[source_T],
+        temperature_T=torch.cat(temperatures),
+        padding=token_BS.numel() - sum(ends[i] - starts[i] for i in index),
+    )

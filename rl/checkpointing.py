@@ -1,0 +1,61 @@
+"""Writing and reading checkpoints of a running job: the learner's files, the manifest, and the way back."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from rl.cluster import Workforce
+from rl.errors import ConfigError
+from rl.manifest import begin, check_resumable, commit, latest, prune, read_manifest, verify
+from rl.run_folder import RunFolder
+from rl.settings import Settings
+from rl.sft import copy_tokenizer
+from rl.types import Manifest, WeightVersion
+from rl.waiting import wait_for
+
+log = logging.getLogger("budget_rl")
+
+
+def save_checkpoint(workforce: Workforce, folder: RunFolder, model: Path, settings: Settings, *, step: int, cursor: int,
+                    tokens_seen: int, minutes_spent: float, run_id: str | None) -> Path:
+    """Write the state after ``step`` finished steps; the folder appears only when every byte is on disk."""
+    partial = begin(folder.checkpoints, step)
+    refs = workforce.learners.save(str(partial))
+    answers = wait_for(refs, seconds=settings.learner.deadline_s, what=f"learner writes checkpoint {step}")
+    checksum = next(answer.checksum for answer in answers if answer is not None)
+    copy_tokenizer(model, partial / "model")
+    done = commit(
+        partial,
+        Manifest(
+            step=step,
+            config=settings.model_dump(mode="json"),
+            cursor=cursor,
+            tokens_seen=tokens_seen,
+            minutes_spent=minutes_spent,
+            tracker_run_id=run_id,
+            weights=WeightVersion(step, checksum),
+            world_size=settings.learner.ranks,
+        ),
+    )
+    prune(folder.checkpoints, settings.output.keep_checkpoints)
+    return done
+
+
+def find_resume(settings: Settings, folder: RunFolder) -> tuple[Path, Manifest] | None:
+    """The checkpoint to continue from under `resume`, verified byte by byte and compatible; None for a fresh start."""
+    if settings.resume == "never":
+        return None
+    if settings.resume == "auto":
+        path = latest(folder.checkpoints)
+        if path is None:
+            return None
+    else:
+        path = Path(settings.resume).expanduser().resolve()
+        if not path.is_dir():
+            raise ConfigError(f"resume={settings.resume}: there is no such checkpoint folder", fix="use auto, never or a checkpoint")
+    manifest = read_manifest(path)
+    check_resumable(manifest, settings.model_dump(mode="json"))
+    # DeepSpeed unpickles its files, so nothing is loaded that is not exactly what we wrote.
+    verify(path, manifest)
+    return path, manifest

@@ -1,0 +1,123 @@
+"""Accuracy and tokens on held-out problems: inside a run, and as `budget-rl eval`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rl.cluster import Workforce, connect, disconnect
+from rl.collection import Collector
+from rl.coordinator import make_leases
+from rl.errors import BudgetRLError
+from rl.settings import Settings
+from rl.step_metrics import accuracy_and_tokens
+from rl.types import Budget, BudgetKind, Prompt, Scored, Shaping, VerdictStatus
+from rl.waiting import StopFlag, wait_for
+from rollout.budgets import BudgetPlan
+
+log = logging.getLogger("budget_rl")
+
+EVAL_STEP = 999_999
+"""Stands for the step in evaluation seeds, so that they differ from training's and are the same at every evaluation."""
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """One way of prompting: without a budget (`free`) or under one."""
+
+    label: str
+    accuracy: float
+    tokens: float
+    truncated: float
+    unscored: int
+    scored: tuple[Scored, ...]
+
+    def metrics(self, prefix: str = "eval") -> dict[str, float]:
+        """``eval/accuracy`` and so on; under a budget ``eval/<label>/accuracy``."""
+        root = prefix if self.label == "free" else f"{prefix}/{self.label}"
+        return {f"{root}/accuracy": self.accuracy, f"{root}/tokens": self.tokens, f"{root}/truncated": self.truncated}
+
+
+def evaluate(collector: Collector, plan: BudgetPlan, prompts: Sequence[Prompt], settings: Settings, *, version: int,
+             stop: StopFlag | None = None) -> list[EvalResult]:
+    """Sample ``eval.samples`` answers to each held-out prompt, without a budget and, if asked, under each budget.
+
+    Seeds do not depend on the model, so evaluations before and after training share their random numbers.
+    """
+    free = Budget(tokens=0, kind=BudgetKind.FREE, template=settings.rollout.free_template)
+    budgets = [free, *(b for b in plan.levels if not b.is_free)] if settings.eval.with_budgets else [free]
+    results = []
+    for budget in budgets:
+        members = [budget] * settings.eval.samples
+        prefills = [[plan.prefill_ids(budget, prompt.token_ids)] * settings.eval.samples for prompt in prompts]
+        leases = make_leases(
+            prompts, members, prefills, step=EVAL_STEP, run_seed=settings.data.seed,
+            shaping=Shaping(temperature=settings.eval.temperature), max_length=settings.rollout.max_length, min_version=version,
+        )
+        collected = collector.collect(leases, top_p=settings.eval.top_p, stop=stop)
+        members_scored = [m for group in collected.groups for m in group.members]
+        scored = [m for m in members_scored if m.verdict.is_scored]
+        if not scored:
+            raise BudgetRLError(f"evaluation ({budget.label}): not one of {len(leases)} answers could be scored")
+        values = accuracy_and_tokens(scored)
+        cut = sum(m.verdict.status is VerdictStatus.TRUNCATED for m in scored) / len(scored)
+        results.append(
+            EvalResult(budget.label, values["accuracy"], values["tokens"], cut, len(leases) - len(scored), tuple(scored))
+        )
+    return results
+
+
+def per_problem(result: EvalResult) -> dict[str, dict[str, float]]:
+    """Accuracy and tokens by prompt id: what a paired bootstrap needs."""
+    by_prompt: dict[str, list[Scored]] = {}
+    for member in result.scored:
+        by_prompt.setdefault(member.rollout.lease.prompt.id, []).append(member)
+    return {prompt: accuracy_and_tokens(members) for prompt, members in sorted(by_prompt.items())}
+
+
+def run_evaluation(settings: Settings, *, target: Path) -> int:
+    """`budget-rl eval`: evaluate a checkpoint or model folder and print a table; returns the exit status."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from rl.data import load_problems
+    from rl.models import local_folder
+    from rl.preflight import check_resources
+    from rl.prompts import PromptEncoder, load_tokenizer
+
+    inner = target / "model"
+    path = str(inner if inner.is_dir() else target)
+    model = local_folder(settings.model.model_copy(update={"path": path, "gguf_file": None, "revision": None}))
+    tokenizer = load_tokenizer(settings.model.model_copy(update={"path": str(model)}))
+    held_out = load_problems(settings.data).held_out[: settings.eval.problems]
+    prompts, dropped = PromptEncoder(tokenizer, settings.data).encode_all(held_out)
+    resources = connect()
+    workforce = Workforce(settings)
+    try:
+        check_resources(settings, cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0))
+        with StopFlag() as stop:
+            refs = [*workforce.launch_engines(model), *workforce.launch_scorers(special_tokens(tokenizer))]
+            wait_for(refs, seconds=settings.rollout.start_deadline_s, what="engines and graders start", stop=stop)
+            collector = Collector(workforce.engines, workforce.scorers, settings)
+            with_budgets = settings.model_copy(update={"eval": settings.eval.model_copy(update={"with_budgets": True})})
+            results = evaluate(collector, BudgetPlan(settings.rollout, tokenizer), prompts, with_budgets, version=0, stop=stop)
+    finally:
+        workforce.close()
+        disconnect()
+    table = Table("budget", "accuracy", "tokens", "cut", "unscored", title=f"{target}: {len(prompts)} held-out problems x {settings.eval.samples}")
+    for result in results:
+        table.add_row(result.label, f"{result.accuracy:.3f}", f"{result.tokens:.1f}", f"{result.truncated:.1%}", str(result.unscored))
+    Console().print(table)
+    if dropped:
+        print(f"{dropped} problems were longer than data.max_prompt_length={settings.data.max_prompt_length} and left out")
+    print(json.dumps({name: round(value, 6) for result in results for name, value in result.metrics().items()}))
+    return 0
+
+
+def special_tokens(tokenizer: Any) -> list[str]:
+    """Special tokens a grader strips from an answer (the thinking marks are content, not decoration)."""
+    return [token for token in tokenizer.all_special_tokens if token not in ("<think>", "</think>")]

@@ -1,0 +1,282 @@
+"""One data-parallel rank of the learner: DeepSpeed around the policy, in token-budget micro-batches.
+
+The update of a mini-batch is the gradient of ``sum over all its loss tokens / number of those tokens``, whatever the split into
+micro-batches or ranks. DeepSpeed averages gradients over ranks, so each local sum is scaled by world size / global tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rl.batch import MicroBatch, pad_rows, plan_microbatches, select_rollouts
+from rl.errors import BudgetRLError
+from rl.losses import kl_penalty, policy_loss
+from rl.policy import PolicyModel, load_policy
+from rl.settings import LearnerSettings, LossSettings
+from rl.types import TrainBatch
+
+log = logging.getLogger("budget_rl.learner")
+
+
+def learning_rate(settings: LearnerSettings, update: int, total_updates: int | None) -> float:
+    """Learning rate of optimiser step ``update`` (0-based): linear warm-up, then constant, linear or cosine decay to 0."""
+    if update < settings.warmup_steps:
+        return settings.lr * (update + 1) / settings.warmup_steps
+    if settings.lr_schedule == "constant" or not total_updates:
+        return settings.lr
+    span = max(total_updates - settings.warmup_steps, 1)
+    done = min((update - settings.warmup_steps) / span, 1.0)
+    if settings.lr_schedule == "linear":
+        return settings.lr * (1.0 - done)
+    return settings.lr * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def deepspeed_config(settings: LearnerSettings, *, dtype: str) -> dict[str, Any]:
+    """DeepSpeed configuration of one engine; accumulation and scaling are ours, so its own batch sizes are 1."""
+    zero: dict[str, Any] = {"stage": settings.zero_stage, "overlap_comm": False}
+    if settings.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": settings.grad_clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+class Learner:
+    """Policy, optimiser and (when KL is on) frozen reference of one rank; torch.distributed must be initialised."""
+
+    def __init__(self, folder: Path, settings: LearnerSettings, loss: LossSettings, *, dtype: str, trust_remote_code: bool = False):
+        import deepspeed
+
+        self.settings, self.loss_settings = settings, loss
+        self.world_size = dist.get_world_size()
+        policy = load_policy(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code, gradient_checkpointing=settings.gradient_checkpointing
+        )
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self.tied_names = _tied_names(policy)
+        self.reference: PolicyModel | None = None
+        if loss.kl_coef > 0:
+            self.reference = load_policy(folder, dtype=dtype, trust_remote_code=trust_remote_code).to(self.device).eval()
+            self.reference.requires_grad_(False)
+        optimizer = torch.optim.AdamW(
+            policy.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
+        )
+        self.engine: Any
+        self.engine, *_ = deepspeed.initialize(
+            model=policy, optimizer=optimizer, config=deepspeed_config(settings, dtype=dtype), dist_init_required=False
+        )
+        self.updates = 0
+        self.skipped = 0
+
+    @property
+    def lm(self) -> Any:
+        """The Hugging Face model inside the engine."""
+        return self.engine.module.lm
+
+    # -- updates ---------------------------------------------------------------------------------------------------------
+
+    def update(self, batch: TrainBatch, *, objective: str, global_tokens: list[int], total_updates: int | None,
+               correction: str = "none", correction_cap: float = 2.0) -> dict[str, float]:
+        """One or more optimiser steps on this rank's share of a step's rollouts.
+
+        ``global_tokens[m]`` is the number of loss tokens of mini-batch ``m`` over all ranks; ``objective`` is ``policy``
+        (clipped surrogate) or ``likelihood`` (supervised). Returns sums that the driver adds over ranks (`sum/*`), maxima
+        (`max/*`) and values equal on every rank (`same/*`).
+        """
+        self.engine.train()
+        totals: dict[str, float] = {}
+        minibatches = len(global_tokens)
+        single_pass = minibatches == 1 and self.settings.epochs == 1
+        # With one update per batch the ratio is 1 by definition: its own forward is the old policy, so no extra pass is paid.
+        old = None if single_pass or objective == "likelihood" else self._old_log_probs(batch, totals)
+        for _ in range(self.settings.epochs if objective == "policy" else 1):
+            for m in range(minibatches):
+                index = [i for i, owner in enumerate(batch.minibatch_N.tolist()) if owner == m]
+                part = select_rollouts(batch, index)
+                part_old = None if old is None else _select_old(batch, index, old)
+                self._minibatch(part, part_old, objective, global_tokens[m], totals, correction, correction_cap)
+                self._optimiser_step(totals, total_updates)
+        return totals
+
+    def _minibatch(self, batch: TrainBatch, old: dict[str, torch.Tensor] | None, objective: str, global_tokens: int,
+                   totals: dict[str, float], correction: str, correction_cap: float) -> None:
+        plan = self._equal_plan(batch)
+        for number, index in enumerate(plan):
+            micro = self._move(pad_rows(batch, index))
+            self.engine.set_gradient_accumulation_boundary(number == len(plan) - 1)
+            shaped, _, raw, raw_entropy = self.engine(
+                micro.token_BS, micro.position_T, micro.target_T, _temperatures(micro)
+            )
+            if objective == "likelihood":
+                loss = -(raw * micro.mask_T).sum()
+                _add(totals, "sum/loss", float(loss.detach()))
+            else:
+                loss = self._policy_objective(micro, old, shaped, raw, totals, correction, correction_cap)
+            _add(totals, "sum/entropy", float((raw_entropy.detach() * micro.mask_T).sum()))
+            _add(totals, "sum/tokens", float(micro.mask_T.sum()))
+            _add(totals, "sum/padding", micro.padding)
+            _add(totals, "sum/grid", micro.token_BS.numel())
+            self.engine.backward(loss * (self.world_size / max(global_tokens, 1)), scale_wrt_gas=False)
+
+    def _policy_objective(self, micro: MicroBatch, old: dict[str, torch.Tensor] | None, shaped: torch.Tensor, raw: torch.Tensor,
+                          totals: dict[str, float], correction: str, correction_cap: float) -> torch.Tensor:
+        if old is None:
+            old_raw, old_shaped = raw.detach(), shaped.detach()
+            _mismatch(totals, old_shaped, micro)
+        else:
+            old_raw, old_shaped = old["raw"][micro.source_T], old["shaped"][micro.source_T]
+        new_T, old_T = (shaped, old_shaped) if correction == "replay" else (raw, old_raw)
+        weight_T = None
+        if correction == "truncated":
+            gap_T = torch.nan_to_num(old_raw - micro.sampled_logp_T, nan=0.0)  # NaN: tokens the engine did not sample
+            weight_T = gap_T.exp().clamp(max=correction_cap)
+            _add(totals, "sum/correction_weight", float((weight_T * micro.mask_T).sum()))
+        settings = self.loss_settings
+        result = policy_loss(
+            new_T, old_T, micro.advantage_T, micro.mask_T, clip_low=settings.clip_low, clip_high=settings.clip_high,
+            dual_clip=settings.dual_clip, weight_T=weight_T,
+        )
+        loss = result.loss
+        _add(totals, "sum/loss", float(loss.detach()))
+        _add(totals, "sum/clipped", float(result.clipped))
+        _add(totals, "sum/dual_clipped", float(result.dual_clipped))
+        _add(totals, "sum/approx_kl", float(result.kl))
+        if self.reference is not None:
+            with torch.no_grad():
+                reference = self.reference(micro.token_BS, micro.position_T, micro.target_T)[2]
+            penalty = (kl_penalty(raw, reference, settings.kl_form) * micro.mask_T).sum()
+            loss = loss + settings.kl_coef * penalty
+            _add(totals, "sum/kl", float(penalty.detach()))
+        return loss
+
+    def _old_log_probs(self, batch: TrainBatch, totals: dict[str, float]) -> dict[str, torch.Tensor]:
+        """Log-probs at the sampling weights, before the first update: raw (T=1) and shaped, each float32 (T) over the batch."""
+        old = {name: torch.zeros(batch.tokens, device=self.device) for name in ("raw", "shaped")}
+        with torch.no_grad():
+            for index in self._equal_plan(batch):
+                micro = self._move(pad_rows(batch, index))
+                shaped, _, raw, _ = self.engine(micro.token_BS, micro.position_T, micro.target_T, _temperatures(micro))
+                if index:
+                    old["raw"][micro.source_T], old["shaped"][micro.source_T] = raw, shaped
+                _mismatch(totals, shaped, micro)
+        return old
+
+    def _equal_plan(self, batch: TrainBatch) -> list[list[int]]:
+        """Micro-batches of this rank, padded with empty ones to the longest plan: unequal counts abort ZeRO-2 and 3."""
+        plan = plan_microbatches(batch.start_N.diff().tolist(), self.settings.tokens_per_microbatch)
+        count = torch.tensor([len(plan)], device=self.device)
+        dist.all_reduce(count, op=dist.ReduceOp.MAX)
+        return plan + [[]] * (int(count) - len(plan))
+
+    def _optimiser_step(self, totals: dict[str, float], total_updates: int | None) -> None:
+        lr = learning_rate(self.settings, self.updates, total_updates)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        if self.settings.zero_stage == 0:
+            # Stage 0 in float32 has no overflow check of its own and would write NaN into the weights.
+            norm = self._gradient_norm()
+            if math.isfinite(norm):
+                self.engine.step()
+            else:
+                self.engine.zero_grad()
+        else:
+            self.engine.step()  # stages 1 to 3 leave the weights alone when a gradient is not finite
+            norm = float(self.engine.get_global_grad_norm())
+        applied = math.isfinite(norm) and norm >= 0
+        if applied:
+            totals["same/grad_norm"] = norm
+        self.updates += 1
+        self.skipped += not applied
+        totals["same/lr"] = lr
+        totals["same/skipped"] = totals.get("same/skipped", 0.0) + (not applied)
+
+    def _gradient_norm(self) -> float:
+        """Euclidean norm of the whole gradient; ranks already hold the same average. Not finite when any element is not."""
+        squares = [p.grad.double().pow(2).sum() for p in self.engine.module.parameters() if p.grad is not None]
+        return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
+    def _move(self, micro: MicroBatch) -> MicroBatch:
+        if self.device.type == "cpu":
+            return micro
+        moved = {k: v.to(self.device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in vars(micro).items()}
+        return MicroBatch(**moved)
+
+    # -- weights and state -----------------------------------------------------------------------------------------------
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter by its Hugging Face name, tied ones under each of their names, gathered one at a time.
+
+        A collective under ZeRO-3: all ranks must iterate to the end.
+        """
+        import deepspeed
+
+        for name, parameter in self.lm.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.settings.zero_stage == 3):
+                tensor = parameter.detach().to("cpu").clone()
+            yield name, tensor
+            for alias in self.tied_names.get(name, ()):
+                yield alias, tensor
+
+    def save(self, folder: Path) -> None:
+        """Write the DeepSpeed state (all ranks) under ``folder``."""
+        state = {"updates": self.updates, "skipped": self.skipped}
+        if not self.engine.save_checkpoint(str(folder), tag="state", client_state=state, save_latest=False):
+            raise BudgetRLError(f"DeepSpeed could not save its state under {folder}; check that the disk is writable")
+
+    def load(self, folder: Path) -> None:
+        """Read the state written by :meth:`save`. The caller has verified checksums: DeepSpeed unpickles these files."""
+        path, state = self.engine.load_checkpoint(str(folder), tag="state")
+        if path is None:
+            raise BudgetRLError(f"DeepSpeed found no state under {folder}; resume from another checkpoint")
+        self.updates, self.skipped = int(state["updates"]), int(state["skipped"])
+
+
+def _tied_names(policy: PolicyModel) -> dict[str, list[str]]:
+    """Parameter name -> its other names: an engine that is not told `lm_head.weight` keeps the old head, silently."""
+    first: dict[int, str] = {}
+    tied: dict[str, list[str]] = {}
+    for name, parameter in policy.lm.named_parameters(remove_duplicate=False):
+        owner = first.setdefault(id(parameter), name)
+        if owner != name:
+            tied.setdefault(owner, []).append(name)
+    return tied
+
+
+def _temperatures(micro: MicroBatch) -> torch.Tensor | None:
+    """None when every temperature is 1, which spares the second distribution."""
+    return None if bool((micro.temperature_T == 1.0).all()) else micro.temperature_T
+
+
+def _select_old(batch: TrainBatch, index: list[int], old: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    positions = [torch.arange(int(batch.start_N[i]), int(batch.start_N[i + 1])) for i in index]
+    position_T = torch.cat(positions) if positions else torch.zeros(0, dtype=torch.int64)
+    return {name: values[position_T.to(values.device)] for name, values in old.items()}
+
+
+def _mismatch(totals: dict[str, float], shaped_T: torch.Tensor, micro: MicroBatch) -> None:
+    """Gap between the engine's log-prob and the learner's at the same weights, over tokens the engine sampled."""
+    known_T = ~torch.isnan(micro.sampled_logp_T)
+    gap_T = (shaped_T.detach() - micro.sampled_logp_T)[known_T].abs()
+    _add(totals, "sum/mismatch", float(gap_T.sum()))
+    _add(totals, "sum/mismatch_tokens", int(known_T.sum()))
+    if gap_T.numel():
+        totals["max/mismatch"] = max(totals.get("max/mismatch", 0.0), float(gap_T.max()))
+
+
+def _add(totals: dict[str, float], name: str, value: float) -> None:
+    totals[name] = totals.get(name, 0.0) + value

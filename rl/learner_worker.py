@@ -1,0 +1,170 @@
+"""The learner as a verl worker group: Ray actors, one DeepSpeed rank each; DataProto at this boundary only."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from tensordict import TensorDict
+from verl import DataProto
+from verl.single_controller.base import Worker
+from verl.single_controller.base.decorator import Dispatch, register
+from verl.single_controller.ray import RayWorkerGroup
+from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
+
+from rl.batch import select_rollouts
+from rl.settings import LearnerSettings, LossSettings
+from rl.types import TrainBatch, WeightVersion
+from rl.waiting import wait_for
+from rollout.weights import WeightBundle, bundle_weights
+
+RENDEZVOUS_S = 120.0
+"""A task that only names an address; the time is for a process to start on a busy node."""
+TOKEN_COLUMNS = ("token_T", "loss_mask_T", "advantage_T", "sampled_logp_T")
+ROLLOUT_COLUMNS = ("prompt_length_N", "prefill_length_N", "temperature_N", "minibatch_N")
+
+
+def to_data_proto(batch: TrainBatch, ranks: int) -> DataProto:
+    """Lay a batch out as verl's DataProto, rows dealt so that every rank gets a similar number of tokens of each mini-batch.
+
+    Rows are padded to the longest; rows that only fill up a rank have length 0 and are dropped by :func:`from_data_proto`.
+    """
+    lengths = batch.start_N.diff().tolist()
+    per_rank: list[list[int]] = [[] for _ in range(ranks)]
+    for m in sorted(set(batch.minibatch_N.tolist())):
+        members = [i for i, owner in enumerate(batch.minibatch_N.tolist()) if owner == m]
+        if len(members) < ranks:
+            shares = [[j] for j in range(len(members))] + [[] for _ in range(ranks - len(members))]
+        else:
+            shares = get_seqlen_balanced_partitions([lengths[i] for i in members], ranks, equal_size=False)
+        for rank, share in enumerate(shares):
+            per_rank[rank] += [members[j] for j in share]
+    rows = max(len(share) for share in per_rank)
+    width = max(lengths)
+    columns: dict[str, torch.Tensor] = {"length_N": torch.zeros(ranks * rows, dtype=torch.int64)}
+    for name in TOKEN_COLUMNS:
+        columns[name] = torch.zeros((ranks * rows, width), dtype=getattr(batch, name).dtype)
+    for name in ROLLOUT_COLUMNS:
+        columns[name] = torch.zeros(ranks * rows, dtype=getattr(batch, name).dtype)
+    for rank, share in enumerate(per_rank):
+        for k, i in enumerate(share):
+            row, start = rank * rows + k, int(batch.start_N[i])
+            columns["length_N"][row] = lengths[i]
+            for name in TOKEN_COLUMNS:
+                columns[name][row, : lengths[i]] = getattr(batch, name)[start : start + lengths[i]]
+            for name in ROLLOUT_COLUMNS:
+                columns[name][row] = getattr(batch, name)[i]
+    return DataProto(batch=TensorDict(columns, batch_size=[ranks * rows]))
+
+
+def from_data_proto(data: DataProto) -> TrainBatch:
+    """The ragged batch of one rank's rows; the inverse of :func:`to_data_proto` up to the order of rollouts."""
+    columns = data.batch
+    length_N = columns["length_N"]
+    keep = length_N > 0
+    valid = torch.arange(columns["token_T"].shape[1])[None, :] < length_N[:, None]
+    start_N = torch.cat([torch.zeros(1, dtype=torch.int64), length_N[keep].cumsum(0)])
+    tokens = {name: columns[name][valid] for name in TOKEN_COLUMNS}
+    rollouts = {name: columns[name][keep] for name in ROLLOUT_COLUMNS}
+    return TrainBatch(start_N=start_N, **tokens, **rollouts)
+
+
+def _rendezvous() -> tuple[str, str]:
+    """Address of this node and a free port on it."""
+    address = ray.util.get_node_ip_address().strip("[]")
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return address, str(probe.getsockname()[1])
+
+
+class LearnerGroup(RayWorkerGroup):
+    """verl's worker group, but the task that finds the rendezvous address asks for no CPU: a rank's place may be half a one."""
+
+    def _get_master_addr_port(self, pg: Any, bundle_index: int = 0, master_port_range: Any = None) -> None:
+        place = PlacementGroupSchedulingStrategy(placement_group=pg, placement_group_bundle_index=bundle_index)
+        ref = ray.remote(_rendezvous).options(num_cpus=0, scheduling_strategy=place).remote()
+        (answer,) = wait_for([ref], seconds=RENDEZVOUS_S, what="the first learner rank's node names its address")
+        self._master_addr, self._master_port = answer
+
+
+class LearnerWorker(Worker):
+    """One learner rank inside a Ray actor. Every method is non-blocking on the driver, which waits with a deadline."""
+
+    def __init__(self, settings: LearnerSettings, loss: LossSettings, *, dtype: str, trust_remote_code: bool, seed: int) -> None:
+        super().__init__()
+        threads = settings.threads_per_rank or max(1, (os.cpu_count() or 1) // settings.ranks)
+        torch.set_num_threads(threads)
+        self.settings, self.loss_settings = settings, loss
+        self.dtype, self.trust_remote_code, self.seed = dtype, trust_remote_code, seed
+        self.learner: Any = None
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    def start(self, folder: str) -> int:
+        """Join the process group and load the model; returns the number of parameters."""
+        import deepspeed
+
+        from rl.learner import Learner
+
+        torch.manual_seed(self.seed + self.rank)
+        random.seed(self.seed + self.rank)
+        np.random.seed(self.seed + self.rank)
+        if not torch.distributed.is_initialized():
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=self.settings.deadline_s), verbose=False)
+        self.learner = Learner(
+            Path(folder), self.settings, self.loss_settings, dtype=self.dtype, trust_remote_code=self.trust_remote_code
+        )
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.learner.lm.parameters())
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC, blocking=False)
+    def update(self, data: DataProto) -> dict[str, float]:
+        """Optimise on this rank's rows; the rest of the arguments travel in ``data.meta_info``."""
+        return self.learner.update(from_data_proto(data), **data.meta_info["update"])
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    def collect_weights(self, number: int) -> WeightBundle | None:
+        """All weights as one checksummed bundle (rank 0; the others take part in gathering and return None)."""
+        weights = list(self.learner.named_weights())
+        return bundle_weights(weights, number) if self.rank == 0 else None
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    def save(self, folder: str) -> WeightVersion | None:
+        """Write this rank's optimiser and RNG state, and (rank 0) the model as a Hugging Face folder."""
+        root = Path(folder)
+        self.learner.save(root / "learner")
+        (root / "rng").mkdir(parents=True, exist_ok=True)
+        from safetensors.torch import save_file
+
+        save_file({"torch": torch.get_rng_state()}, root / "rng" / f"learner-{self.rank}.safetensors")
+        return self._save_model(root / "model")
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    def save_model(self, folder: str) -> WeightVersion | None:
+        """Write the model alone as a Hugging Face folder (rank 0; returns its checksum there)."""
+        return self._save_model(Path(folder))
+
+    def _save_model(self, folder: Path) -> WeightVersion | None:
+        weights = dict(self.learner.named_weights())  # a collective under ZeRO-3, so every rank takes part
+        if self.rank != 0:
+            return None
+        tied = {alias for aliases in self.learner.tied_names.values() for alias in aliases}
+        state = {name: tensor for name, tensor in weights.items() if name not in tied}
+        self.learner.lm.save_pretrained(folder, state_dict=state, safe_serialization=True)
+        return bundle_weights(weights.items(), 0).version
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    def load(self, folder: str) -> None:
+        """Restore the state written by :meth:`save` (checksums were verified by the driver)."""
+        from safetensors.torch import load_file
+
+        root = Path(folder)
+        self.learner.load(root / "learner")
+        torch.set_rng_state(load_file(root / "rng" / f"learner-{self.rank}.safetensors")["torch"])

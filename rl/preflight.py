@@ -1,0 +1,365 @@
+"""What a run will need, worked out before any worker starts: batch sizes, Ray resources, memory; refused if there is too little.
+
+Only :func:`read_model_shape` imports torch and transformers, so a plan is made in milliseconds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from rl.errors import ConfigError, ModelError
+from rl.settings import Settings
+
+GB = 10**9
+GIB = 2**30
+
+ADAM_BYTES = 8
+"""Two float32 moments per parameter."""
+MASTER_BYTES = 4
+"""DeepSpeed's ZeRO stages and bf16 keep a float32 copy of the parameters beside the ones computed with."""
+ACTIVATION_FACTOR = 22
+"""Values saved for the backward pass per token, layer and hidden unit; 1 with checkpointing, beside one whole layer.
+
+Measured with saved-tensor hooks on small Llama blocks (hidden 192 to 576, MLP 2.7 to 3 times as wide): 19.7 to 22.6, and 1.3.
+"""
+LOGIT_CHUNK_TOKENS = 1024
+"""Largest number of rows of the vocabulary matrix the learner holds at once, with float32 logits and their gradient."""
+PROCESS_BYTES = int(1.2 * GB)
+"""Resident size of a Python process that imported torch with vLLM or DeepSpeed, before a model."""
+REWARD_PROCESS_BYTES = int(0.3 * GB)
+"""Resident size of a grader process."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One kind of Ray actor: how many, what each reserves, and the settings that say so."""
+
+    actor: str
+    count: int
+    cpus: float
+    """Ray CPUs of one actor."""
+    gpus: float
+    """Ray GPUs of one actor."""
+    count_key: str
+    cpus_key: str
+    gpus_key: str | None
+
+    @property
+    def total_cpus(self) -> float:
+        return self.count * self.cpus
+
+    @property
+    def total_gpus(self) -> float:
+        return self.count * self.gpus
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes that follow from the settings; nothing here is a setting of its own."""
+
+    rollouts_per_step: int
+    rollouts_per_budget: dict[str, int]
+    """Per step, by budget label (``"64"``, ``"free"``)."""
+    rollouts_per_minibatch: int
+    rollouts_per_rank: int
+    """Most rollouts of a mini-batch that one learner rank holds."""
+    updates_per_step: int
+    """Optimiser steps: mini-batches times epochs."""
+    tokens_per_step: int
+    """Upper bound in tokens: every prompt and every response at its longest."""
+    placements: tuple[Placement, ...]
+
+    @property
+    def cpus(self) -> float:
+        return sum(placement.total_cpus for placement in self.placements)
+
+    @property
+    def gpus(self) -> float:
+        return sum(placement.total_gpus for placement in self.placements)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a model that memory depends on."""
+
+    parameters: int
+    """Distinct parameters: tied embeddings count once."""
+    vocab: int
+    hidden: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class ActorMemory:
+    """Bytes that one actor of a kind takes on its device, by purpose, and on the host beside it."""
+
+    actor: str
+    count: int
+    on_gpu: bool
+    weights: int
+    gradients: int
+    optimiser: int
+    activations: int
+    """Saved activations and the logit chunk of one micro-batch."""
+    kv_cache: int
+    host: int
+    """Host bytes whatever the device: the process itself and offloaded state."""
+
+    @property
+    def device_bytes(self) -> int:
+        return self.weights + self.gradients + self.optimiser + self.activations + self.kv_cache
+
+    @property
+    def host_bytes(self) -> int:
+        return self.host if self.on_gpu else self.host + self.device_bytes
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """An estimate, meant to catch a model several times too large, not the last ten percent."""
+
+    actors: tuple[ActorMemory, ...]
+
+    @property
+    def host_bytes(self) -> int:
+        """Host bytes of all actors together."""
+        return sum(actor.count * actor.host_bytes for actor in self.actors)
+
+
+def derived_plan(settings: Settings) -> Plan:
+    """The batch sizes and Ray placements that ``settings`` imply."""
+    rollout, learner, reward = settings.rollout, settings.learner, settings.reward
+    rollouts = settings.prompts_per_step * rollout.samples_per_prompt
+    minibatch = rollouts // learner.minibatches
+    return Plan(
+        rollouts_per_step=rollouts,
+        rollouts_per_budget={str(budget): rollouts // len(rollout.budgets) for budget in rollout.budgets},
+        rollouts_per_minibatch=minibatch,
+        rollouts_per_rank=math.ceil(minibatch / learner.ranks),
+        updates_per_step=learner.minibatches * learner.epochs,
+        tokens_per_step=rollouts * (settings.data.max_prompt_length + rollout.max_length),
+        placements=(
+            Placement(
+                "rollout engine",
+                rollout.workers,
+                rollout.cpus_per_worker,
+                rollout.gpus_per_worker,
+                "rollout.workers",
+                "rollout.cpus_per_worker",
+                "rollout.gpus_per_worker",
+            ),
+            Placement(
+                "learner rank",
+                learner.ranks,
+                learner.cpus_per_rank,
+                learner.gpus_per_rank,
+                "learner.ranks",
+                "learner.cpus_per_rank",
+                "learner.gpus_per_rank",
+            ),
+            Placement(
+                "reward worker", reward.workers, reward.cpus_per_worker, 0.0, "reward.workers", "reward.cpus_per_worker", None
+            ),
+        ),
+    )
+
+
+def check_resources(settings: Settings, *, cpus: float, gpus: float) -> None:
+    """Raise ConfigError when the actors reserve more CPUs or GPUs than the cluster has in all, or in a way Ray cannot give."""
+    plan = derived_plan(settings)
+    for placement in plan.placements:
+        if placement.gpus > 1 and placement.gpus != int(placement.gpus):
+            raise ConfigError(
+                f"{placement.gpus_key}={placement.gpus:g}: Ray shares one GPU or gives whole ones",
+                fix=f"use a fraction below 1, or {math.ceil(placement.gpus)}",
+            )
+    rollout = settings.rollout
+    if rollout.gpus_per_worker and rollout.gpus_per_worker < rollout.tensor_parallel:
+        raise ConfigError(
+            f"rollout.tensor_parallel={rollout.tensor_parallel} needs as many GPUs per engine, "
+            f"rollout.gpus_per_worker={rollout.gpus_per_worker:g}",
+            fix=f"set rollout.gpus_per_worker={rollout.tensor_parallel} or lower rollout.tensor_parallel",
+        )
+    _check_supply("CPUs", plan.cpus, cpus, [(p, p.cpus, p.cpus_key) for p in plan.placements])
+    _check_supply("GPUs", plan.gpus, gpus, [(p, p.gpus, p.gpus_key) for p in plan.placements if p.gpus_key is not None])
+
+
+def _check_supply(unit: str, needed: float, has: float, demands: list[tuple[Placement, float, str]]) -> None:
+    if needed <= has + 1e-6:  # sums of fractions such as 0.1 are not exact
+        return
+    needs = "; ".join(f"{p.count} x {p.actor} at {each:g}" for p, each, _ in demands if each)
+    placement, each, each_key = max(demands, key=lambda demand: demand[0].count * demand[1])
+    # What the largest kind may take when the others keep theirs.
+    room = has - (needed - placement.count * each)
+    fits = math.floor(room / each + 1e-6)
+    options = [f"{placement.count_key}={fits}"] if 1 <= fits < placement.count else []
+    share = math.floor(100 * room / placement.count) / 100
+    options += [f"{each_key}={share:g}"] if share > 0 and (unit == "CPUs" or share < 1) else []
+    options += ["gpus_per_worker=0 and gpus_per_rank=0 to run on CPUs"] if unit == "GPUs" and has == 0 else []
+    fix = (
+        "set " + " or ".join(options) if options else f"lower {placement.count_key} and {each_key} and those of the other actors"
+    )
+    raise ConfigError(f"the run needs {needed:g} {unit} and the cluster has {has:g}: {needs}", fix=fix)
+
+
+def estimate_memory(settings: Settings, model_params: int, vocab: int, hidden: int, layers: int) -> MemoryEstimate:
+    """Bytes each actor will need, for a model of ``model_params`` parameters in ``layers`` blocks of ``hidden`` units."""
+    shape = ModelShape(parameters=model_params, vocab=vocab, hidden=hidden, layers=layers)
+    reward = settings.reward
+    grader = ActorMemory(
+        actor="reward worker",
+        count=reward.workers,
+        on_gpu=False,
+        weights=0,
+        gradients=0,
+        optimiser=0,
+        activations=0,
+        kv_cache=0,
+        host=REWARD_PROCESS_BYTES * (1 + reward.processes),
+    )
+    # The driver holds one copy of the weights in Ray's object store while engines without NCCL or IPC fetch them.
+    through_store = not settings.rollout.gpus_per_worker or settings.rollout.weight_transport == "object_store"
+    driver = ActorMemory(
+        actor="driver",
+        count=1,
+        on_gpu=False,
+        weights=_value_bytes(settings) * model_params if through_store else 0,
+        gradients=0,
+        optimiser=0,
+        activations=0,
+        kv_cache=0,
+        host=PROCESS_BYTES,
+    )
+    return MemoryEstimate((_engine_memory(settings, shape), _learner_memory(settings, shape), grader, driver))
+
+
+def _value_bytes(settings: Settings) -> int:
+    return 4 if settings.model.dtype == "float32" else 2
+
+
+def _engine_memory(settings: Settings, shape: ModelShape) -> ActorMemory:
+    rollout, size = settings.rollout, _value_bytes(settings)
+    on_gpu = rollout.gpus_per_worker > 0
+    # On a GPU the cache takes what is left; one sequence of full length is the least that works (no key-value sharing assumed).
+    longest = 2 * shape.layers * shape.hidden * size * (settings.data.max_prompt_length + rollout.max_length)
+    return ActorMemory(
+        actor="rollout engine",
+        count=rollout.workers,
+        on_gpu=on_gpu,
+        weights=size * shape.parameters // rollout.tensor_parallel,
+        gradients=0,
+        optimiser=0,
+        activations=4 * rollout.max_concurrent * shape.vocab,
+        kv_cache=longest // rollout.tensor_parallel if on_gpu else int(rollout.kv_cache_gb * GIB),
+        host=PROCESS_BYTES,
+    )
+
+
+def _learner_memory(settings: Settings, shape: ModelShape) -> ActorMemory:
+    """One rank under ZeRO: stage 1 splits the optimiser state over ranks, 2 the gradients too, 3 the weights too."""
+    learner, size, n = settings.learner, _value_bytes(settings), shape.parameters
+    stage, ranks = learner.zero_stage, learner.ranks
+    keeps_master = stage > 0 or size < 4
+    optimiser = n * (ADAM_BYTES + (MASTER_BYTES if keeps_master else 0)) // (ranks if stage >= 1 else 1)
+    tokens = learner.tokens_per_microbatch
+    per_layer = tokens * shape.hidden * size
+    saved = per_layer * (shape.layers + ACTIVATION_FACTOR if learner.gradient_checkpointing else shape.layers * ACTIVATION_FACTOR)
+    logits = 2 * 4 * min(tokens, LOGIT_CHUNK_TOKENS) * shape.vocab
+    reference = size * n if settings.loss.kl_coef > 0 else 0
+    on_gpu = learner.gpus_per_rank > 0
+    offloaded = optimiser if learner.offload_optimizer and on_gpu else 0
+    return ActorMemory(
+        actor="learner rank",
+        count=ranks,
+        on_gpu=on_gpu,
+        weights=size * n // (ranks if stage == 3 else 1) + reference,
+        gradients=size * n // (ranks if stage >= 2 else 1),
+        optimiser=optimiser - offloaded,
+        activations=saved + logits,
+        kv_cache=0,
+        host=PROCESS_BYTES + offloaded,
+    )
+
+
+def check_memory(estimate: MemoryEstimate, available_bytes: int, *, gpu_bytes: int | None = None) -> None:
+    """Raise ModelError with advice when the actors need more than ``available_bytes`` of host memory.
+
+    ``gpu_bytes`` is the size of one GPU; an actor on a GPU that needs more is refused likewise.
+    """
+    if estimate.host_bytes > available_bytes:
+        largest = max(estimate.actors, key=lambda actor: actor.count * actor.host_bytes)
+        raise ModelError(
+            f"the run needs about {estimate.host_bytes / GB:.1f} GB of memory and {available_bytes / GB:.1f} GB is available; "
+            f"the largest part is {_largest_part(largest, host=True)}",
+            fix=_memory_advice(largest, host=True),
+        )
+    for actor in estimate.actors:
+        if gpu_bytes is not None and actor.on_gpu and actor.device_bytes > gpu_bytes:
+            raise ModelError(
+                f"one {actor.actor} needs about {actor.device_bytes / GB:.1f} GB and a GPU has {gpu_bytes / GB:.1f} GB; "
+                f"the largest part is {_largest_part(actor, host=False)}",
+                fix=_memory_advice(actor, host=False),
+            )
+
+
+def _parts(actor: ActorMemory, *, host: bool) -> dict[str, int]:
+    on_device = {name: getattr(actor, name) for name in ("weights", "gradients", "optimiser", "activations", "kv_cache")}
+    if not host:
+        return on_device
+    return {"process": actor.host} | ({} if actor.on_gpu else on_device)
+
+
+def _largest_part(actor: ActorMemory, *, host: bool) -> str:
+    name, size = max(_parts(actor, host=host).items(), key=lambda part: part[1])
+    times = f" in each of {actor.count} actors" if host and actor.count > 1 else ""
+    return f"{name.replace('_', ' ')} of the {actor.actor}, {size / GB:.1f} GB{times}"
+
+
+def _memory_advice(actor: ActorMemory, *, host: bool) -> str:
+    name = max(_parts(actor, host=host).items(), key=lambda part: part[1])[0]
+    if host and actor.count > 1:
+        return (
+            f"lower {'learner.ranks' if actor.actor == 'learner rank' else 'the number of ' + actor.actor + 's'}, or: "
+            + _ADVICE[name]
+        )
+    return _ADVICE[name]
+
+
+_ADVICE = {
+    "weights": "use a smaller model, model.dtype=bfloat16, or learner.zero_stage=3 over more ranks on other machines",
+    "gradients": "use a smaller model or model.dtype=bfloat16, or learner.zero_stage=2 over more ranks on other machines",
+    "optimiser": "use a smaller model, learner.offload_optimizer=true (GPU), or more learner.ranks on other machines",
+    "activations": "lower learner.tokens_per_microbatch (never changes the result) or set learner.gradient_checkpointing=true",
+    "kv_cache": "lower rollout.kv_cache_gb (CPU), or rollout.max_length and data.max_prompt_length (GPU)",
+    "process": "lower rollout.workers, reward.workers or reward.processes",
+}
+
+
+def read_model_shape(folder: Path, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> ModelShape:
+    """The sizes of the model in ``folder`` from its config.json alone: torch's meta device allocates no weights.
+
+    Raises ModelError when the folder holds no configuration that transformers can read.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    extra = {} if gguf_file is None else {"gguf_file": gguf_file}
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, **extra)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{folder} holds no model that can be read: {error}", fix="it needs a config.json of a causal LM"
+        ) from error
+    text = config.get_text_config()
+    # `parameters()` yields tied tensors once.
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return ModelShape(parameters, vocab=text.vocab_size, hidden=text.hidden_size, layers=text.num_hidden_layers)
+
+
+def count_parameters(model_folder: Path) -> int:
+    """Distinct parameters of the model in a folder (tied embeddings once), from config.json without loading weights."""
+    return read_model_shape(model_folder).parameters

@@ -1,0 +1,142 @@
+"""From problems to token ids, once; from then on the ids are the truth."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rl.data import Problem
+from rl.settings import DataSettings, ModelSettings
+from rl.types import Prompt
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
+
+
+class PromptEncoder:
+    """Encodes questions the way the model was trained to read them.
+
+    With `data.template == "auto"` the tokenizer's chat template is used if it has one (optional system message, generation
+    prompt added), else the question alone; any other template is plain text with `{question}`.
+
+    Raises:
+        ValueError: a template without `{question}`; a system prompt where no chat template would carry it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataSettings) -> None:
+        self._tokenizer = tokenizer
+        self._data = data
+        self._chat = data.template == "auto" and bool(tokenizer.chat_template)
+        self._template = "{question}" if data.template == "auto" else data.template
+        if "{question}" not in self._template:
+            raise ValueError(f"data.template {data.template!r} must be `auto` or hold {{question}}")
+        if data.system_prompt is not None and not self._chat:
+            raise ValueError("data.system_prompt needs the tokenizer's chat template; write the text into data.template instead")
+
+    def encode(self, question: str) -> tuple[int, ...]:
+        """Token ids of the whole prompt, special tokens of the tokenizer included.
+
+        Raises:
+            ValueError: a plain prompt holds text that the tokenizer cannot spell.
+        """
+        if not self._chat:
+            return self._encode_plain(self._template.replace("{question}", question))
+        messages = [{"role": "user", "content": question}]
+        if self._data.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": self._data.system_prompt})
+        ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        return tuple(cast(list[int], ids))  # tokenize=True with return_dict=False is a flat list of ids
+
+    def _encode_plain(self, text: str) -> tuple[int, ...]:
+        try:
+            return tuple(self._tokenizer.encode(text))
+        except Exception as error:  # the tokenizers library raises plain Exception, for example on a word it does not know
+            raise ValueError(
+                f"the tokenizer of model.path cannot encode {text!r} ({error}); the embedded model only spells its own task, "
+                f"so use another model for other data"
+            ) from error
+
+    def encode_all(self, problems: Sequence[Problem]) -> tuple[list[Prompt], int]:
+        """Prompts in the order of `problems`, and how many were dropped for having more than `data.max_prompt_length` tokens.
+
+        Raises:
+            ValueError: no prompt is short enough.
+        """
+        prompts = [
+            Prompt(id=p.id, question=p.question, answer=p.answer, token_ids=self.encode(p.question), entry=p.entry_json)
+            for p in problems
+        ]
+        kept = [p for p in prompts if len(p.token_ids) <= self._data.max_prompt_length]
+        if prompts and not kept:
+            shortest = min(len(p.token_ids) for p in prompts)
+            raise ValueError(
+                f"every prompt is longer than data.max_prompt_length={self._data.max_prompt_length} tokens "
+                f"(the shortest has {shortest}); raise it"
+            )
+        return kept, len(prompts) - len(kept)
+
+
+class PromptStream:
+    """An endless stream of prompts: epoch e is a permutation seeded by (seed, e), so a position is a single number.
+
+    Raises:
+        ValueError: no prompts.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+        if not prompts:
+            raise ValueError("there are no prompts to stream; check data.source and data.max_prompt_length")
+        self._prompts = tuple(prompts)
+        self._seed = seed
+        self._cached: tuple[int, list[int]] = (-1, [])
+
+    def take(self, cursor: int, n: int) -> tuple[list[Prompt], int]:
+        """The `n` prompts from position `cursor` (0-based, counted over all epochs), and the next position.
+
+        A pure function of (prompts, seed, cursor, n): no prompt is dropped or repeated within an epoch; a request that
+        crosses the end of one goes on into the next.
+        """
+        if cursor < 0 or n < 0:
+            raise ValueError(f"cursor={cursor} and n={n} must not be negative")
+        taken = []
+        for position in range(cursor, cursor + n):
+            epoch, index = divmod(position, len(self._prompts))
+            taken.append(self._prompts[self._order(epoch)[index]])
+        return taken, cursor + n
+
+    def _order(self, epoch: int) -> list[int]:
+        if self._cached[0] != epoch:
+            order = list(range(len(self._prompts)))
+            random.Random(f"prompts/{self._seed}/{epoch}").shuffle(order)
+            self._cached = (epoch, order)
+        return self._cached[1]
+
+
+def load_tokenizer(model: ModelSettings) -> PreTrainedTokenizerBase:
+    """The tokenizer of `model.path`, a hub id or a local folder (read from the GGUF file if one is named).
+
+    Raises:
+        ValueError: the folder has no tokenizer files, or nothing can be loaded under that name.
+    """
+    folder = Path(model.path).expanduser()
+    local = folder.is_dir()
+    if not local and model.path.startswith(("/", ".", "~")):
+        raise ValueError(f"model.path: there is no folder {folder}")
+    if local and model.gguf_file is None and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(
+            f"model.path: {folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); "
+            f"save one there with `tokenizer.save_pretrained`, or name model.gguf_file"
+        )
+    extra = {} if model.gguf_file is None else {"gguf_file": model.gguf_file}
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(folder) if local else model.path, revision=model.revision, trust_remote_code=model.trust_remote_code, **extra
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.path: no tokenizer could be loaded from {model.path} ({error}); check the spelling and the network, "
+            f"or give a local folder"
+        ) from error

@@ -1,0 +1,204 @@
+"""Worked traces of `chain_sum` problems by a noisy teacher that over-thinks: the warm start's training data.
+
+The teacher adds up step by step, errs now and then, re-checks far more often than it helps, and sometimes opens with a
+budget sentence that its number of re-checks loosely follows.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from rl.data import Problem
+from rl.prompts import PromptEncoder
+from rl.settings import RolloutSettings, WarmStartSettings
+from rl.types import Budget, BudgetKind
+from rollout.budgets import BudgetPlan
+
+TRACE_BUDGETS = (32, 48, 64, 96, 128)
+REFLECTION_WEIGHTS = {"wait": 0.4, "Wait": 0.25, "but": 0.1, "But": 0.1, "Alternatively": 0.15}
+MAX_STEP_CHECKS = 5
+MAX_CHAIN_CHECKS = 2
+MAX_RATE = 0.85  # of re-checks under a large budget; the caps above bind beyond it anyway
+FIX_RATE = 0.3  # of re-checks of a wrong step that put it right: low, so that length buys little accuracy
+BREAK_RATE = 0.02  # of re-checks of a right step that make it wrong
+BUDGET_NOISE = 0.2  # the length aimed at is the budget times 1 +- this
+IGNORE_RATE = 0.1  # of budgeted traces that think as if they had no budget
+STEP_TOKENS = 7  # of a worked step, about; these two only steer the length towards a budget
+CHECK_TOKENS = 11  # of a re-checked step
+SLIPS = (-2, -1, -1, 1, 1, 2)  # a wrong result is this far off
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One supervised example; loss on the response only."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    """Opening sentence, working, `</think>`, answer, end of sequence."""
+    budget: int
+    """Tokens asked for in the opening sentence; 0: none asked for."""
+    correct: bool
+    """Whether the teacher's final answer is right."""
+
+
+def make_traces(
+    problems: Sequence[Problem],
+    *,
+    settings: WarmStartSettings,
+    rollout: RolloutSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: PromptEncoder,
+) -> list[Trace]:
+    """One trace per problem, each at most `rollout.max_length` response tokens; a function of problems and settings only.
+
+    Trace i depends on (settings.seed, question i), so that more problems never change the earlier traces.
+
+    Raises:
+        ValueError: a question that is not a sum, words outside the vocabulary, or a max_length below the shortest working.
+    """
+    teacher = _Teacher(settings=settings, rollout=rollout, tokenizer=tokenizer)
+    return [teacher.trace(problem, encoder.encode(problem.question)) for problem in problems]
+
+
+def parse_sum(question: str) -> list[int]:
+    """Signed terms of the sum in `... : 4 + 3 - 5 =`, for example [4, 3, -5].
+
+    Raises:
+        ValueError: the question has no such ending.
+    """
+    expression = question.rpartition(":")[2].strip().removesuffix("=").split()
+    signs, numbers = ["+", *expression[1::2]], expression[0::2]
+    spelt = all(n.removeprefix("-").isdecimal() for n in numbers) and set(signs) <= {"+", "-"}
+    if not spelt or len(signs) != len(numbers) or len(numbers) < 2:
+        raise ValueError(f"{question!r} is not a chain_sum question; the warm start only has a teacher for that task")
+    return [int(n) if sign == "+" else -int(n) for sign, n in zip(signs, numbers, strict=True)]
+
+
+class _Teacher:
+    def __init__(self, *, settings: WarmStartSettings, rollout: RolloutSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._settings = settings
+        self._rollout = rollout
+        self._tokenizer = tokenizer
+        self._plan = BudgetPlan(rollout, tokenizer)
+        self._budgets = [b for b in TRACE_BUDGETS if b <= rollout.max_length]
+        self._lines: dict[str, tuple[int, ...]] = {}
+
+    def trace(self, problem: Problem, prompt_ids: tuple[int, ...]) -> Trace:
+        rng = random.Random(f"trace/{self._settings.seed}/{problem.question}")
+        terms = parse_sum(problem.question)
+        budget = self._draw_budget(rng)
+        prefill = self._plan.prefill_ids(budget, prompt_ids)
+        rate = self._check_rate(rng, budget, steps=len(terms) - 1, prefill=len(prefill))
+        working = _Working(terms, rng=rng, error_rate=self._settings.error_rate, encode=self._encode)
+        answer = working.write(rate, room=self._rollout.max_length - len(prefill))
+        response = (*prefill, *working.ids, *self._encode(f"</think>{answer}{self._tokenizer.eos_token}"))
+        if len(response) > self._rollout.max_length:
+            raise ValueError(
+                f"rollout.max_length={self._rollout.max_length} is too short for the working of {problem.question!r}, "
+                f"{len(response)} tokens; raise it"
+            )
+        return Trace(prompt_ids=prompt_ids, response_ids=response, budget=budget.tokens, correct=answer == sum(terms))
+
+    def _draw_budget(self, rng: random.Random) -> Budget:
+        if self._budgets and rng.random() < self._settings.budget_share:
+            return Budget(tokens=rng.choice(self._budgets), kind=BudgetKind.AT_MOST, template=self._rollout.budget_template)
+        return Budget(tokens=0, kind=BudgetKind.FREE, template=self._rollout.free_template)
+
+    def _check_rate(self, rng: random.Random, budget: Budget, *, steps: int, prefill: int) -> float:
+        """Chance p of each further re-check; p / (1 - p) of them are expected, which is solved for the length aimed at."""
+        if budget.is_free or rng.random() < IGNORE_RATE:
+            return self._settings.recheck_rate
+        target = budget.tokens * rng.uniform(1 - BUDGET_NOISE, 1 + BUDGET_NOISE)
+        unchecked = prefill + steps * STEP_TOKENS + 4
+        expected = max(0.0, target - unchecked) / (steps * (CHECK_TOKENS + STEP_TOKENS))
+        return min(expected / (1 + expected), MAX_RATE)
+
+    def _encode(self, line: str) -> tuple[int, ...]:
+        # Lines repeat a lot over 20,000 traces, and encoding line by line equals encoding the whole.
+        if line not in self._lines:
+            self._lines[line] = tuple(self._tokenizer.encode(line, add_special_tokens=False))
+        return self._lines[line]
+
+
+class _Working:
+    """The tokens between the opening and `</think>`.
+
+    What the teacher believes is kept as one slip per step, `believed result - right result` given the same left side, so
+    that the answer is always sum(terms) + sum(slips).
+    """
+
+    def __init__(
+        self, terms: list[int], *, rng: random.Random, error_rate: float, encode: Callable[[str], tuple[int, ...]]
+    ) -> None:
+        self._terms = terms
+        self._rng = rng
+        self._error_rate = error_rate
+        self._encode = encode
+        self._slips: list[int] = []
+        self.ids: list[int] = list(encode("\n"))
+
+    def write(self, check_rate: float, *, room: int) -> int:
+        """Write the working and return the answer it arrives at; no re-check is begun that could overrun `room` tokens."""
+        digits = len(str(sum(abs(t) for t in self._terms) + max(SLIPS) * len(self._terms)))
+        line = 3 * digits + 5  # longest worked step: three numbers, two signs, two operators and the newline
+        room -= digits + 3  # </think>, a signed answer, end of sequence
+        steps = len(self._terms) - 1
+        for left in range(steps - 1, -1, -1):
+            self._slips.append(self._slip(self._error_rate))
+            self._say(f"{self._equation(len(self._slips) - 1)}\n")
+            for _ in range(self._draws(check_rate, MAX_STEP_CHECKS)):
+                if len(self.ids) + (left + 1) * line + 4 <= room:
+                    self._check_step()
+        for _ in range(self._draws(check_rate, MAX_CHAIN_CHECKS)):
+            if len(self.ids) + steps * line + 4 <= room:
+                self._check_chain()
+        return self._believed(steps)
+
+    def _check_step(self) -> None:
+        """`wait check 7 + 5 = 12 ok`: the last step again; `no` where it comes out differently, which is then believed."""
+        old = self._slips[-1]
+        self._slips[-1] = self._reconsider(old)
+        verdict = "ok" if self._slips[-1] == old else "no"
+        self._say(f"{self._reflection()} check {self._equation(len(self._slips) - 1)} {verdict}\n")
+
+    def _check_chain(self) -> None:
+        """`wait again`, then every step again; `no` where the answer comes out differently."""
+        old = sum(self._slips)
+        self._slips = [self._reconsider(slip) for slip in self._slips]
+        self._say(f"{self._reflection()} again\n")
+        last = len(self._slips) - 1
+        for step in range(last):
+            self._say(f"{self._equation(step)}\n")
+        self._say(f"{self._equation(last)} {'ok' if sum(self._slips) == old else 'no'}\n")
+
+    def _believed(self, steps: int) -> int:
+        """The partial sum believed after so many steps."""
+        return sum(self._terms[: steps + 1]) + sum(self._slips[:steps])
+
+    def _equation(self, step: int) -> str:
+        term = self._terms[step + 1]
+        return f"{self._believed(step)} {'-' if term < 0 else '+'} {abs(term)} = {self._believed(step + 1)}"
+
+    def _slip(self, rate: float) -> int:
+        return self._rng.choice(SLIPS) if self._rng.random() < rate else 0
+
+    def _reconsider(self, slip: int) -> int:
+        if slip == 0:
+            return self._slip(BREAK_RATE)
+        return 0 if self._rng.random() < FIX_RATE else slip
+
+    def _draws(self, rate: float, cap: int) -> int:
+        count = 0
+        while count < cap and self._rng.random() < rate:
+            count += 1
+        return count
+
+    def _reflection(self) -> str:
+        return self._rng.choices(list(REFLECTION_WEIGHTS), weights=list(REFLECTION_WEIGHTS.values()))[0]
+
+    def _say(self, line: str) -> None:
+        self.ids.extend(self._encode(line))

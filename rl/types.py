@@ -1,0 +1,247 @@
+"""The types that flow through budget-rl: this page is the architecture.
+
+Shape legend used in every name: ``_T`` one value per token, ``_N`` one per rollout, ``_B`` one per row of a batch,
+``_V`` vocabulary, ``_H`` hidden. Lengths are in tokens, times in seconds, log-probs and entropies in nats.
+Data flows one way: Prompt -> Lease -> Rollout -> Scored -> Group -> TrainBatch -> StepReport.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+
+
+class BudgetKind(Enum):
+    """How a budget binds: to be met exactly, not to be exceeded, or absent."""
+
+    EXACT = "exact"
+    AT_MOST = "at_most"
+    FREE = "free"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The token budget one rollout was asked to keep; data, never parsed back out of text."""
+
+    tokens: int
+    """Budget in response tokens, prefill included; 0 only for FREE."""
+    kind: BudgetKind
+    template: str
+    """Sentence with ``{budget}`` that opens the response, for example ``<think> I will ... {budget} tokens``."""
+
+    @property
+    def is_free(self) -> bool:
+        return self.kind is BudgetKind.FREE
+
+    @property
+    def label(self) -> str:
+        """Name in metrics: ``"64"`` or ``"free"``."""
+        return "free" if self.is_free else str(self.tokens)
+
+    @property
+    def sentence(self) -> str:
+        """The text the response is opened with ("" when there is none)."""
+        return self.template.replace("{budget}", str(self.tokens))
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """Everything that turns raw logits into the distribution sampled from; the learner can replay all of it."""
+
+    temperature: float = 1.0
+    """Base temperature, > 0."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem, tokenised once; ids are the truth from here on."""
+
+    id: str
+    """Stable over runs: a hash of the question text."""
+    question: str
+    answer: str
+    token_ids: tuple[int, ...]
+    entry: str = "{}"
+    """JSON of whatever the grader needs beside the answer (a reasoning-gym entry, a data set row)."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right and duty of one engine to produce one rollout."""
+
+    ticket: str
+    """Unique in a run: ``step-index.prompt-index.member``; the order of tickets is the order of results."""
+    prompt: Prompt
+    member: int
+    """Index inside the prompt's group, 0-based."""
+    budget: Budget
+    shaping: Shaping
+    prefill_ids: tuple[int, ...]
+    """Response tokens put there by us (budget sentence); they count in the length."""
+    max_new_tokens: int
+    """Cap on generated tokens, after the prefill; derived from the plan, never a second number."""
+    seed: int
+    min_version: int
+    """The oldest weight version that may serve this lease."""
+    attempt: int = 0
+
+
+class FinishReason(Enum):
+    """Why generation stopped."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response, as sampled. ``response_ids = prefill + generated`` (end-of-sequence token included)."""
+
+    lease: Lease
+    response_ids: tuple[int, ...]
+    prefill_length: int
+    logp_T: tuple[float, ...]
+    """Engine log-prob of each *generated* token under the distribution it was sampled from (float32 values)."""
+    finish: FinishReason
+    weight_version: int
+    text: str
+    """Derived from ``response_ids`` for graders and eyes; special tokens kept, so ``</think>`` is visible."""
+
+    @property
+    def length(self) -> int:
+        """Response length in tokens: prefill + generated + end of sequence."""
+        return len(self.response_ids)
+
+
+class VerdictStatus(Enum):
+    """What became of an answer. The first four are about the model, the last two about our machinery."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    MALFORMED = "malformed"
+    TRUNCATED = "truncated"
+    TIMED_OUT = "timed_out"
+    CRASHED = "crashed"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A grader's finding; TIMED_OUT and CRASHED never carry a number."""
+
+    status: VerdictStatus
+    extracted: str | None = None
+    """The answer found in the text, None when there was none."""
+    evidence: str = ""
+    """Why, in a few words: the fraction scored, the exception, the deadline."""
+
+    @property
+    def is_scored(self) -> bool:
+        return self.status not in (VerdictStatus.TIMED_OUT, VerdictStatus.CRASHED)
+
+    @property
+    def is_correct(self) -> bool:
+        """True only for CORRECT; raises ValueError for a verdict that is not scored."""
+        if not self.is_scored:
+            raise ValueError(f"verdict {self.status.value} carries no score: {self.evidence}")
+        return self.status is VerdictStatus.CORRECT
+
+
+@dataclass(frozen=True)
+class Reward:
+    """The total reward of one rollout and its named parts (they sum to the total)."""
+
+    total: float
+    parts: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A rollout with its verdict; ``reward`` is None exactly when the verdict is not scored."""
+
+    rollout: Rollout
+    verdict: Verdict
+    reward: Reward | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """The scored siblings of one prompt, in member order; members that were lost are simply missing."""
+
+    prompt: Prompt
+    members: tuple[Scored, ...]
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """Packed rollouts of one step, ready for the learner. N rollouts, T = total number of tokens, ragged.
+
+    ``token_T`` concatenates prompt + response of every rollout; rollout ``i`` owns ``start_N[i] : start_N[i+1]``.
+    """
+
+    token_T: torch.Tensor
+    """int64 (T)."""
+    start_N: torch.Tensor
+    """int64 (N+1), first 0, last T."""
+    prompt_length_N: torch.Tensor
+    """int64 (N)."""
+    prefill_length_N: torch.Tensor
+    """int64 (N)."""
+    loss_mask_T: torch.Tensor
+    """bool (T): response tokens that carry loss."""
+    advantage_T: torch.Tensor
+    """float32 (T), 0 outside the response."""
+    sampled_logp_T: torch.Tensor
+    """float32 (T): engine log-prob where the engine sampled, NaN elsewhere."""
+    temperature_N: torch.Tensor
+    """float32 (N): the sampling temperature."""
+    minibatch_N: torch.Tensor
+    """int64 (N): which mini-batch each rollout belongs to, 0-based."""
+
+    @property
+    def rollouts(self) -> int:
+        return int(self.prompt_length_N.numel())
+
+    @property
+    def tokens(self) -> int:
+        return int(self.token_T.numel())
+
+
+@dataclass(frozen=True)
+class WeightVersion:
+    """A set of weights: a number that only grows and the checksum that proves what it is."""
+
+    number: int
+    checksum: str
+    """SHA-256 over names, dtypes, shapes and bytes in name order."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Every figure of one step, once; console, metrics.jsonl, MLflow and the table render this and nothing else."""
+
+    step: int
+    """1-based number of the finished step."""
+    metrics: Mapping[str, float]
+    """Flat ``section/name`` -> value. Units are in docs/metrics.md."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds and how to prove it: ``resume(manifest)`` continues as if never stopped."""
+
+    step: int
+    config: Mapping[str, Any]
+    cursor: int
+    """Position in the prompt stream."""
+    tokens_seen: int
+    minutes_spent: float
+    tracker_run_id: str | None
+    weights: WeightVersion
+    world_size: int
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Relative path -> SHA-256 of every file of the checkpoint."""
+    format: int = 1

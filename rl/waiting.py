@@ -1,0 +1,113 @@
+"""The only way to wait for Ray: with a deadline, a name, and an ear for Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+from rl.errors import BudgetRLError
+
+SLICE_S = 0.5
+"""Longest time between two looks at the stop flag."""
+
+
+class DeadlineExceeded(BudgetRLError):
+    """A wait ran out; says who was waited for and how long."""
+
+
+class WorkerLost(BudgetRLError):
+    """A Ray actor died; carries the first cause rather than Ray's wrapper."""
+
+
+class StopRequested(BudgetRLError):
+    """Ctrl-C or SIGTERM arrived while waiting."""
+
+
+class StopFlag:
+    """Set by SIGINT and SIGTERM; the loop looks at it between waits, so the learner is never cut in the middle of an update."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._previous: dict[int, Any] = {}
+        self.reason = ""
+
+    def __enter__(self) -> StopFlag:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self._event.is_set():
+            raise KeyboardInterrupt  # the second Ctrl-C means now
+        self.reason = signal.Signals(number).name
+        self._event.set()
+
+    @property
+    def is_set(self) -> bool:
+        return self._event.is_set()
+
+
+def wait_for(refs: Sequence[Any], *, seconds: float, what: str, stop: StopFlag | None = None) -> list[Any]:
+    """Results of all ``refs`` in order.
+
+    Raises DeadlineExceeded after ``seconds``, WorkerLost when an actor died, StopRequested when ``stop`` was set meanwhile.
+    """
+    import ray
+
+    end = time.monotonic() + seconds
+    waiting = list(refs)
+    while waiting:
+        if stop is not None and stop.is_set:
+            raise StopRequested(f"{stop.reason} while waiting for {what}")
+        left = end - time.monotonic()
+        if left <= 0:
+            raise DeadlineExceeded(
+                f"{what}: {len(waiting)} of {len(refs)} answers missing after {seconds:.0f} s",
+                fix="raise the deadline in the configuration, or look in the log for what the worker was doing",
+            )
+        done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=min(SLICE_S, left))
+        for ref in done:
+            _raise_first_cause(ref, what)
+    return [ray.get(ref) for ref in refs]
+
+
+def first_ready(refs: Sequence[Any], *, seconds: float, what: str, stop: StopFlag | None = None) -> Any:
+    """The first of ``refs`` that is done (its value is not looked at). Raises like :func:`wait_for`, except WorkerLost."""
+    import ray
+
+    end = time.monotonic() + seconds
+    while True:
+        if stop is not None and stop.is_set:
+            raise StopRequested(f"{stop.reason} while waiting for {what}")
+        left = end - time.monotonic()
+        if left <= 0:
+            raise DeadlineExceeded(f"{what}: nothing arrived within {seconds:.0f} s")
+        done, _ = ray.wait(list(refs), num_returns=1, timeout=min(SLICE_S, left))
+        if done:
+            return done[0]
+
+
+def _raise_first_cause(ref: Any, what: str) -> None:
+    import ray
+
+    try:
+        ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.as_instanceof_cause()
+        raise cause if isinstance(cause, BudgetRLError) else WorkerLost(f"{what}: {_last_line(error)}") from error
+    except ray.exceptions.RayActorError as error:
+        raise WorkerLost(f"{what}: the worker process died: {_last_line(error)}") from error
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

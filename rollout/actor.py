@@ -1,0 +1,40 @@
+"""The rollout worker: a Ray actor around one vLLM engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rl.settings import RolloutSettings
+from rl.types import Lease, Rollout, WeightVersion
+from rollout.weights import WeightBundle
+
+
+class RolloutActor:
+    """Holds an engine; made with ``ray.remote(RolloutActor)``. Calls are served one after the other."""
+
+    def __init__(self, settings: RolloutSettings, *, dtype: str, max_prompt_length: int, seed: int, trust_remote_code: bool) -> None:
+        self.settings = settings
+        self.options: dict[str, Any] = {
+            "dtype": dtype, "max_prompt_length": max_prompt_length, "seed": seed, "trust_remote_code": trust_remote_code,
+        }
+        self.engine: Any = None
+
+    def start(self, folder: str) -> int:
+        """Load the model folder; returns the number of weights the engine knows by name."""
+        from rollout.engine import Engine
+
+        self.engine = Engine(Path(folder), self.settings, **self.options)
+        return len(self.engine.expected_names)
+
+    def set_weights(self, bundle: WeightBundle) -> WeightVersion:
+        """See Engine.set_weights; Ray hands the bundle over from the object store without a copy."""
+        return self.engine.set_weights(bundle)
+
+    def generate(self, leases: list[Lease], top_p: float = 1.0) -> list[Rollout]:
+        """See Engine.generate."""
+        return self.engine.generate(leases, top_p=top_p)
+
+    def ping(self) -> int:
+        """The weight version served; proves that the actor is alive."""
+        return self.engine.version.number

@@ -1,0 +1,207 @@
+"""Derived sizes, resource and memory checks of rl/preflight.py against values worked by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rl.errors import ConfigError, ModelError
+from rl.preflight import (
+    GB,
+    PROCESS_BYTES,
+    ActorMemory,
+    MemoryEstimate,
+    check_memory,
+    check_resources,
+    count_parameters,
+    derived_plan,
+    estimate_memory,
+    read_model_shape,
+)
+from rl.settings import Settings
+
+N = 1_000_000
+
+
+def make(**sections: Any) -> Settings:
+    base: dict[str, Any] = {"model": {"path": "org/name"}, "data": {"source": "x.json"}, "max_steps": 1}
+    return Settings.model_validate({**base, **sections})
+
+
+def learner_of(**sections: Any) -> ActorMemory:
+    return estimate_memory(make(**sections), N, 100, 64, 2).actors[1]
+
+
+def engine_of(**sections: Any) -> ActorMemory:
+    return estimate_memory(make(**sections), N, 100, 64, 2).actors[0]
+
+
+def test_the_sizes_of_a_step_follow_from_the_settings() -> None:
+    plan = derived_plan(
+        make(
+            data={"source": "x.json", "max_prompt_length": 40},
+            rollout={"budgets": [32, 64, 96, "free"], "samples_per_prompt": 8, "max_length": 160},
+            prompts_per_step=12,
+            learner={"minibatches": 4, "epochs": 2, "ranks": 5},
+        )
+    )
+    assert plan.rollouts_per_step == 96
+    assert plan.rollouts_per_budget == {"32": 24, "64": 24, "96": 24, "free": 24}
+    assert plan.rollouts_per_minibatch == 24
+    assert plan.rollouts_per_rank == 5
+    assert plan.updates_per_step == 8
+    assert plan.tokens_per_step == 96 * 200
+
+
+@given(st.integers(1, 12), st.integers(1, 6), st.integers(1, 4), st.integers(1, 4))
+def test_budgets_and_minibatches_account_for_every_rollout(prompts: int, per_budget: int, budgets: int, ranks: int) -> None:
+    rollout = {"budgets": [16 * (i + 1) for i in range(budgets)], "samples_per_prompt": per_budget * budgets}
+    ranks = min(ranks, per_budget * budgets)
+    plan = derived_plan(make(rollout=rollout, prompts_per_step=prompts, learner={"minibatches": prompts, "ranks": ranks}))
+    assert sum(plan.rollouts_per_budget.values()) == plan.rollouts_per_step
+    assert plan.rollouts_per_minibatch * prompts == plan.rollouts_per_step
+    assert plan.rollouts_per_rank * ranks >= plan.rollouts_per_minibatch
+
+
+def test_the_placement_adds_up_fractions() -> None:
+    plan = derived_plan(
+        make(
+            rollout={"workers": 2, "cpus_per_worker": 0.5, "gpus_per_worker": 1},
+            learner={"ranks": 3, "cpus_per_rank": 0.25, "gpus_per_rank": 0.5},
+            reward={"workers": 4, "cpus_per_worker": 0.1},
+        )
+    )
+    assert math.isclose(plan.cpus, 1.0 + 0.75 + 0.4)
+    assert plan.gpus == 3.5
+
+
+def test_enough_resources_are_accepted_in_spite_of_rounding() -> None:
+    settings = make(reward={"workers": 3, "cpus_per_worker": 0.1})
+    check_resources(settings, cpus=derived_plan(settings).cpus - 1e-9, gpus=0)
+
+
+def test_too_few_cpus_say_what_there_is_who_needs_them_and_what_to_lower() -> None:
+    settings = make(rollout={"workers": 4, "cpus_per_worker": 2})
+    with pytest.raises(ConfigError) as caught:
+        check_resources(settings, cpus=6, gpus=0)
+    message = str(caught.value)
+    assert "needs 9.1 CPUs and the cluster has 6" in message
+    assert "4 x rollout engine at 2; 1 x learner rank at 1; 1 x reward worker at 0.1" in message
+    assert "rollout.workers=2" in message
+    assert "rollout.cpus_per_worker=1.22" in message
+    check_resources(make(rollout={"workers": 2, "cpus_per_worker": 2}), cpus=6, gpus=0)
+    check_resources(make(rollout={"workers": 4, "cpus_per_worker": 1.22}), cpus=6, gpus=0)
+
+
+def test_a_cluster_without_gpus_is_told_how_to_run_on_cpus() -> None:
+    with pytest.raises(ConfigError, match="needs 1 GPUs and the cluster has 0.*\n.*gpus_per_worker=0"):
+        check_resources(make(rollout={"gpus_per_worker": 1}), cpus=99, gpus=0)
+
+
+def test_a_fraction_above_one_gpu_is_refused_because_ray_refuses_it() -> None:
+    with pytest.raises(ConfigError, match=r"learner.gpus_per_rank=1.5(.|\n)*or 2"):
+        check_resources(make(learner={"gpus_per_rank": 1.5}), cpus=99, gpus=99)
+
+
+def test_tensor_parallelism_needs_as_many_gpus() -> None:
+    settings = make(rollout={"tensor_parallel": 2, "gpus_per_worker": 1})
+    with pytest.raises(ConfigError, match="set rollout.gpus_per_worker=2"):
+        check_resources(settings, cpus=99, gpus=99)
+
+
+def test_the_learner_in_float32_holds_weights_gradients_moments_and_a_master_copy() -> None:
+    learner = learner_of()
+    assert (learner.weights, learner.gradients, learner.optimiser) == (4 * N, 4 * N, 12 * N)
+
+
+def test_bfloat16_halves_weights_and_gradients_only() -> None:
+    learner = learner_of(model={"path": "m", "dtype": "bfloat16"})
+    assert (learner.weights, learner.gradients, learner.optimiser) == (2 * N, 2 * N, 12 * N)
+
+
+@pytest.mark.parametrize(("stage", "weights", "gradients", "optimiser"), [(0, 4, 4, 8), (1, 4, 4, 6), (2, 4, 2, 6), (3, 2, 2, 6)])
+def test_each_zero_stage_splits_one_thing_more_over_two_ranks(stage: int, weights: int, gradients: int, optimiser: int) -> None:
+    learner = learner_of(learner={"zero_stage": stage, "ranks": 2})
+    assert (learner.weights, learner.gradients, learner.optimiser) == (weights * N, gradients * N, optimiser * N)
+
+
+def test_a_reference_model_adds_its_weights() -> None:
+    assert learner_of(loss={"kl_coef": 0.1}).weights == 8 * N
+
+
+def test_offloading_moves_the_optimiser_from_gpu_to_host() -> None:
+    gpu = learner_of(learner={"gpus_per_rank": 1})
+    offloaded = learner_of(learner={"gpus_per_rank": 1, "offload_optimizer": True})
+    assert gpu.optimiser == 12 * N
+    assert (offloaded.optimiser, offloaded.host_bytes - gpu.host_bytes) == (0, 12 * N)
+
+
+def test_checkpointing_and_smaller_microbatches_lower_activations() -> None:
+    full = learner_of().activations
+    assert learner_of(learner={"gradient_checkpointing": True}).activations < full
+    assert learner_of(learner={"tokens_per_microbatch": 1024}).activations < full
+
+
+def test_the_engine_reserves_its_cache_on_cpu_and_at_least_one_sequence_on_gpu() -> None:
+    assert engine_of(rollout={"kv_cache_gb": 2.0}).kv_cache == 2 * 2**30
+    on_gpu = engine_of(rollout={"gpus_per_worker": 1, "max_length": 100}, data={"source": "x", "max_prompt_length": 50})
+    assert on_gpu.kv_cache == 2 * 2 * 64 * 4 * 150
+    assert on_gpu.host_bytes == PROCESS_BYTES
+
+
+def test_host_memory_counts_every_actor() -> None:
+    one, two = (estimate_memory(make(rollout={"workers": n}), N, 100, 64, 2) for n in (1, 2))
+    assert two.host_bytes - one.host_bytes == one.actors[0].host_bytes
+
+
+def test_too_much_memory_is_refused_with_the_largest_part_and_advice() -> None:
+    estimate = estimate_memory(make(rollout={"kv_cache_gb": 500}), N, 100, 64, 2)
+    with pytest.raises(ModelError) as caught:
+        check_memory(estimate, 24 * GB)
+    assert "24.0 GB is available" in str(caught.value)
+    assert "kv cache of the rollout engine" in str(caught.value)
+    assert "lower rollout.kv_cache_gb" in str(caught.value)
+
+
+def test_enough_memory_is_accepted() -> None:
+    estimate = estimate_memory(make(), N, 100, 64, 2)
+    check_memory(estimate, estimate.host_bytes)
+    with pytest.raises(ModelError):
+        check_memory(estimate, estimate.host_bytes - 1)
+
+
+def test_a_model_too_large_for_a_gpu_is_refused() -> None:
+    settings = make(rollout={"gpus_per_worker": 1}, learner={"gpus_per_rank": 1})
+    estimate = estimate_memory(settings, 8 * GB, 128_000, 4096, 32)
+    with pytest.raises(ModelError, match="one rollout engine needs about .* a GPU has 24.0 GB"):
+        check_memory(estimate, 10**13, gpu_bytes=24 * GB)
+
+
+def test_an_empty_estimate_needs_nothing() -> None:
+    assert MemoryEstimate(()).host_bytes == 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_counted_from_the_configuration_alone(tmp_path: Path, tied: bool) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, tie_word_embeddings=tied
+    )
+    config.save_pretrained(tmp_path)
+    config.architectures = ["LlamaForCausalLM"]
+    assert not list(tmp_path.glob("*.safetensors"))
+    real = sum(parameter.numel() for parameter in LlamaForCausalLM(config).parameters())
+    assert count_parameters(tmp_path) == real
+    shape = read_model_shape(tmp_path)
+    assert (shape.vocab, shape.hidden, shape.layers) == (50, 32, 2)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="config.json"):
+        count_parameters(tmp_path)
