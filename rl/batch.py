@@ -16,7 +16,7 @@ def pack_rollouts(
     """Pack rollouts into one ragged batch: prompt + response of each, one after the other.
 
     ``advantage_N`` (float, N) is spread over the response tokens of its rollout; prompt tokens carry no loss, and the budget
-    sentence only when ``train_prefix``. Raises ValueError when the lengths disagree.
+    sentence only when ``train_prefix``. Raises ValueError when the lengths disagree or a prompt is empty.
     """
     if not len(rollouts) == advantage_N.numel() == minibatch_N.numel():
         raise ValueError(f"{len(rollouts)} rollouts, {advantage_N.numel()} advantages, {minibatch_N.numel()} mini-batch ids")
@@ -26,6 +26,8 @@ def pack_rollouts(
     sampled: list[float] = []
     for rollout in rollouts:
         prompt = rollout.lease.prompt.token_ids
+        if not prompt:
+            raise ValueError(f"rollout {rollout.lease.ticket} has no prompt token, so nothing predicts its first response token")
         prefill, generated = rollout.prefill_length, rollout.length - rollout.prefill_length
         if generated != len(rollout.logp_T):
             raise ValueError(f"rollout {rollout.lease.ticket}: {generated} generated tokens but {len(rollout.logp_T)} log-probs")

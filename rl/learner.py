@@ -106,6 +106,8 @@ class Learner:
         old = None if single_pass or objective == "likelihood" else self._old_log_probs(batch, totals)
         for _ in range(self.settings.epochs if objective == "policy" else 1):
             for m in range(minibatches):
+                if global_tokens[m] == 0:
+                    continue  # none of its answers was scored, and DeepSpeed cannot step without a gradient; all ranks skip it
                 index = [i for i, owner in enumerate(batch.minibatch_N.tolist()) if owner == m]
                 part = select_rollouts(batch, index)
                 part_old = None if old is None else _select_old(batch, index, old)

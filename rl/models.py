@@ -24,6 +24,11 @@ def local_folder(model: ModelSettings) -> Path:
         folder = _converted(path, model.gguf_file) if model.gguf_file else path.resolve()
     elif model.path.startswith((".", "/", "~")):
         raise ModelError(f"model.path: there is no folder {path}", fix="name a folder with config.json, or a hub id user/name")
+    elif model.gguf_file:
+        raise ModelError(
+            f"model.gguf_file={model.gguf_file} needs a local folder, and model.path={model.path} is a hub id",
+            fix="download the file and name its folder in model.path, or drop gguf_file to use the hub model's safetensors",
+        )
     else:
         folder = _from_hub(model)
     if not (folder / "config.json").is_file():

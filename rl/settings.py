@@ -68,10 +68,10 @@ class DataSettings(Section):
 class RolloutSettings(Section):
     workers: Positive = 1
     """Engine actors."""
-    cpus_per_worker: float = Field(1.0, gt=0)
+    cpus_per_worker: float = Field(default=1.0, gt=0)
     """Ray CPUs per engine; on a laptop fractions let all actors fit, e.g. 0.5."""
-    gpus_per_worker: float = Field(0.0, ge=0)
-    samples_per_prompt: int = Field(16, ge=1)
+    gpus_per_worker: float = Field(default=0.0, ge=0)
+    samples_per_prompt: int = Field(default=16, ge=1)
     """Rollouts per prompt, all budgets together (HBPO: 16)."""
     budgets: list[BudgetChoice] = Field(default_factory=lambda: ["free"])
     """Token budgets, increasing, `free` (no sentence) last if present; members are dealt evenly."""
@@ -81,22 +81,22 @@ class RolloutSettings(Section):
     """Opens the response of an un-budgeted member."""
     max_length: Positive = 4096
     """L_max: cap on response tokens, prefill included (HBPO: 4096)."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     top_p: float = 1.0
     top_k: int = -1
     min_p: float = 0.0
     max_concurrent: Positive = 64
     """Requests an engine decodes at once."""
-    kv_cache_gb: float = Field(1.0, gt=0)
+    kv_cache_gb: float = Field(default=1.0, gt=0)
     """CPU: gigabytes for the KV cache of one engine."""
-    gpu_memory_fraction: float = Field(0.85, gt=0, le=1)
+    gpu_memory_fraction: float = Field(default=0.85, gt=0, le=1)
     """GPU: share of its memory the engine may take."""
     tensor_parallel: Positive = 1
     enforce_eager: bool | None = None
     """None: eager on CPU (starts in seconds), compiled on GPU."""
-    deadline_s: float = Field(1800.0, gt=0)
+    deadline_s: float = Field(default=1800.0, gt=0)
     """Longest wait for one step's rollouts."""
-    start_deadline_s: float = Field(600.0, gt=0)
+    start_deadline_s: float = Field(default=600.0, gt=0)
     """Longest wait for an engine to load the model."""
     weight_transport: Literal["auto", "object_store", "nccl", "ipc"] = "auto"
     """How weights reach the engines: through Ray's object store (CPU), or NCCL / CUDA IPC (GPU)."""
@@ -155,16 +155,16 @@ class RewardSettings(Section):
     """hbpo: slope per token away from the budget; None is 1/max_length."""
     bad_format: float = 0.0
     """Reward of a MALFORMED answer (the paper 0, the published code -1)."""
-    overlong_buffer: int = Field(0, ge=0)
+    overlong_buffer: int = Field(default=0, ge=0)
     """dapo: the penalty grows linearly to 1 over the last so many tokens before max_length; 0 switches it off."""
     workers: Positive = 1
     """Reward actors."""
-    cpus_per_worker: float = Field(0.1, ge=0)
+    cpus_per_worker: float = Field(default=0.1, ge=0)
     processes: Positive = 1
     """Grader child processes per actor."""
-    grade_deadline_s: float = Field(10.0, gt=0)
+    grade_deadline_s: float = Field(default=10.0, gt=0)
     """A grader that needs longer for one answer is killed; the answer is TIMED_OUT and carries no number."""
-    max_unscored: float = Field(0.2, ge=0, le=1)
+    max_unscored: float = Field(default=0.2, ge=0, le=1)
     """The run stops when a larger share of a step's answers could not be scored."""
 
 
@@ -176,7 +176,7 @@ class AdvantageSettings(Section):
     """hierarchical: `none` is the paper; `spread` divides the subgroup term by the group's reward spread, like the group term."""
     centre: Literal["none", "group", "batch"] = "none"
     """Subtract the mean advantage of the group or of the batch. `none` is the paper and drifts: see docs/stability.md."""
-    std_floor: float = Field(1e-6, gt=0)
+    std_floor: float = Field(default=1e-6, gt=0)
 
 
 class LossSettings(Section):
@@ -192,18 +192,18 @@ class LossSettings(Section):
 class LearnerSettings(Section):
     ranks: Positive = 1
     """Data-parallel DeepSpeed processes."""
-    cpus_per_rank: float = Field(1.0, gt=0)
-    gpus_per_rank: float = Field(0.0, ge=0)
-    threads_per_rank: int = Field(0, ge=0)
+    cpus_per_rank: float = Field(default=1.0, gt=0)
+    gpus_per_rank: float = Field(default=0.0, ge=0)
+    threads_per_rank: int = Field(default=0, ge=0)
     """CPU threads of one rank; 0 takes all cores divided by the ranks."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     offload_optimizer: bool = False
-    lr: float = Field(1e-6, gt=0)
+    lr: float = Field(default=1e-6, gt=0)
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: NonNegative = 0.01
-    grad_clip: float = Field(1.0, gt=0)
+    grad_clip: float = Field(default=1.0, gt=0)
     minibatches: Positive = 1
     """Optimiser steps per pass over a step's rollouts; must divide prompts_per_step."""
     epochs: Positive = 1
@@ -213,21 +213,21 @@ class LearnerSettings(Section):
     train_prefix: bool = True
     """Whether the budget sentence carries loss (as in the published HBPO code)."""
     gradient_checkpointing: bool = False
-    deadline_s: float = Field(1800.0, gt=0)
+    deadline_s: float = Field(default=1800.0, gt=0)
     """Longest wait for one update."""
 
 
 class EvalSettings(Section):
     problems: Positive = 256
     samples: Positive = 4
-    every: int = Field(0, ge=0)
+    every: int = Field(default=0, ge=0)
     """Evaluate every so many steps; 0: only before and after."""
     before: bool = True
     after: bool = True
     with_budgets: bool = False
     """Also evaluate under each budget of rollout.budgets."""
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
 
 
 class OutputSettings(Section):
@@ -235,10 +235,10 @@ class OutputSettings(Section):
     """Folder of the run; None is ~/budget-rl/<name>."""
     name: str | None = None
     """Name of the run; None is the name of the configuration file."""
-    checkpoint_every: int = Field(50, ge=0)
+    checkpoint_every: int = Field(default=50, ge=0)
     """Steps between checkpoints; 0: only at the end or on Ctrl-C."""
     keep_checkpoints: Positive = 2
-    samples_per_step: int = Field(4, ge=0)
+    samples_per_step: int = Field(default=4, ge=0)
     """Rollouts written to samples.jsonl each step."""
 
 
@@ -258,13 +258,13 @@ class WarmStartSettings(Section):
     """Worked traces; questions are disjoint from RL prompts and held-out problems."""
     epochs: Positive = 2
     batch_size: Positive = 64
-    lr: float = Field(2e-3, gt=0)
-    warmup_steps: int = Field(50, ge=0)
-    error_rate: float = Field(0.08, ge=0, le=1)
+    lr: float = Field(default=2e-3, gt=0)
+    warmup_steps: int = Field(default=50, ge=0)
+    error_rate: float = Field(default=0.08, ge=0, le=1)
     """Chance that a worked step of a trace is wrong."""
-    recheck_rate: float = Field(0.5, ge=0, le=1)
+    recheck_rate: float = Field(default=0.5, ge=0, le=1)
     """Chance of each further re-check of a step: more is longer thinking."""
-    budget_share: float = Field(0.5, ge=0, le=1)
+    budget_share: float = Field(default=0.5, ge=0, le=1)
     """Share of traces that open with the budget sentence."""
     seed: int = 0
     cache_dir: str = "~/.cache/budget-rl"
@@ -288,13 +288,13 @@ class Settings(Section):
     correction: Literal["auto", "none", "truncated", "replay"] = "auto"
     """Off-policy correction. `auto`: `replay` when sampling is shaped, else `none`. `none`: ratio pi_new/pi_old at temperature 1.
     `truncated`: the same times min(C, pi_old/mu_engine). `replay`: ratio of the shaped probabilities."""
-    correction_cap: float = Field(2.0, gt=0)
+    correction_cap: float = Field(default=2.0, gt=0)
     """C of `truncated`: largest weight pi_old / mu_engine."""
     prompts_per_step: Positive = 16
     max_steps: Positive | None = None
     max_tokens: Positive | None = None
     """Stop after so many response tokens."""
-    max_minutes: float | None = Field(None, gt=0)
+    max_minutes: float | None = Field(default=None, gt=0)
     resume: str = "auto"
     """`auto`: continue from the newest checkpoint of output.dir; `never`; or a checkpoint folder."""
     seed: int = 0

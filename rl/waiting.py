@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from itertools import dropwhile
 from types import FrameType
 from typing import Any
 
@@ -20,7 +21,7 @@ class DeadlineExceeded(BudgetRLError):
 
 
 class WorkerLost(BudgetRLError):
-    """A Ray actor died; carries the first cause rather than Ray's wrapper."""
+    """A Ray actor or task died; carries the first cause rather than Ray's wrapper."""
 
 
 class StopRequested(BudgetRLError):
@@ -59,7 +60,8 @@ class StopFlag:
 def wait_for(refs: Sequence[Any], *, seconds: float, what: str, stop: StopFlag | None = None) -> list[Any]:
     """Results of all ``refs`` in order.
 
-    Raises DeadlineExceeded after ``seconds``, WorkerLost when an actor died, StopRequested when ``stop`` was set meanwhile.
+    Raises DeadlineExceeded after ``seconds``, WorkerLost when a worker died, StopRequested when ``stop`` was set meanwhile;
+    a BudgetRLError that a worker raised arrives as it was raised there.
     """
     import ray
 
@@ -97,17 +99,23 @@ def first_ready(refs: Sequence[Any], *, seconds: float, what: str, stop: StopFla
 
 
 def _raise_first_cause(ref: Any, what: str) -> None:
-    import ray
+    import ray.exceptions
 
     try:
         ray.get(ref)
     except ray.exceptions.RayTaskError as error:
-        cause = error.as_instanceof_cause()
-        raise cause if isinstance(cause, BudgetRLError) else WorkerLost(f"{what}: {_last_line(error)}") from error
-    except ray.exceptions.RayActorError as error:
-        raise WorkerLost(f"{what}: the worker process died: {_last_line(error)}") from error
+        # What ray raises looks like the cause but prints the remote traceback; `cause` is the exception as it was raised.
+        if isinstance(error.cause, BudgetRLError):
+            raise error.cause from error
+        raise WorkerLost(f"{what}: {_last_message(error)}") from error
+    except ray.exceptions.RayError as error:  # a dead actor, a dead task process, an object lost with its node
+        raise WorkerLost(f"{what}: the worker process died: {_last_message(error)}") from error
 
 
-def _last_line(error: Exception) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+def _last_message(error: Exception) -> str:
+    """The message that ends a traceback, on one line; without a traceback the last line of all."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+    frames = [number for number, line in enumerate(lines) if line.lstrip().startswith('File "')]
+    after = lines[frames[-1] + 1 :] if frames else lines[-1:]
+    message = list(dropwhile(lambda line: line[0].isspace(), after)) or lines[-1:]
+    return " ".join(line.strip() for line in message)

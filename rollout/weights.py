@@ -60,7 +60,7 @@ def _checksum(entries: Iterable[TensorEntry], buffer: np.ndarray) -> str:
     digest = hashlib.sha256()
     for entry in entries:
         digest.update(f"{entry.name}|{entry.dtype}|{entry.shape}\n".encode())
-    digest.update(memoryview(buffer))
+    digest.update(buffer.data)
     return digest.hexdigest()
 
 
@@ -68,17 +68,19 @@ def bundle_weights(named: Iterable[tuple[str, torch.Tensor]], number: int) -> We
     """Lay the tensors out in name order, 16-byte aligned, tied aliases sharing their bytes, and sign them with SHA-256."""
     items = sorted(named, key=lambda item: item[0])
     entries: list[TensorEntry] = []
-    placed: dict[int, tuple[int, int]] = {}
+    placed: dict[tuple[object, ...], tuple[int, int]] = {}
     chunks: list[tuple[int, torch.Tensor]] = []
     end = 0
     for name, tensor in items:
         flat = tensor.detach().contiguous()
-        if tensor.data_ptr() not in placed or tensor.numel() == 0:
+        # The address alone does not make an alias: a slice or a transposed view starts at the same one.
+        place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if place not in placed or tensor.numel() == 0:
             start = -(-end // 16) * 16
             end = start + flat.numel() * flat.element_size()
-            placed[tensor.data_ptr()] = (start, end)
+            placed[place] = (start, end)
             chunks.append((start, flat))
-        lo, hi = placed[tensor.data_ptr()]
+        lo, hi = placed[place]
         entries.append(TensorEntry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), lo, hi))
     buffer = np.zeros(end, dtype=np.uint8)
     for start, flat in chunks:

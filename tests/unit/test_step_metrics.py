@@ -1,0 +1,117 @@
+"""The figures of a step against numbers worked by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rl.batch import pack_rollouts
+from rl.step_metrics import accuracy_and_tokens, advantage_metrics, learner_metrics, rollout_metrics
+from rl.types import Group, VerdictStatus
+from tests.builders import make_group, make_lease, make_prompt, make_rollout, make_scored
+
+
+def _groups() -> list[Group]:
+    """Four answers of two groups: right in 2 tokens under budget 8, wrong in 4 free, one unscored, one right in 3 free."""
+    short = make_scored(make_rollout(make_lease(budget=8)), reward=3.0, parts={"budget": 2.0, "correct": 1.0})
+    wrong = make_scored(
+        make_rollout(make_lease(member=1), generated=(5, 6, 7, 8)), status=VerdictStatus.WRONG, reward=0.0, parts={"correct": 0.0}
+    )
+    hung = make_scored(make_rollout(make_lease(group=1), generated=(5,) * 50), status=VerdictStatus.TIMED_OUT)
+    right = make_scored(make_rollout(make_lease(group=1, member=1), generated=(5, 6, 7)), reward=1.0)
+    return [Group(make_prompt(0), (short, wrong)), Group(make_prompt(1), (hung, right))]
+
+
+def test_rollout_metrics_of_a_small_step() -> None:
+    metrics = rollout_metrics(_groups())
+    assert metrics == pytest.approx(
+        {
+            "train/accuracy": 2 / 3,
+            "train/tokens": 3.0,  # (2 + 4 + 3) / 3: the unscored answer is in no mean
+            "train/reward": 4 / 3,
+            "reward/budget": 2.0,
+            "reward/correct": 2 / 3,
+            "budget/8/accuracy": 1.0,
+            "budget/8/tokens": 2.0,
+            "budget/free/accuracy": 0.5,
+            "budget/free/tokens": 3.5,
+            "verdict/correct": 0.5,
+            "verdict/wrong": 0.25,
+            "verdict/malformed": 0.0,
+            "verdict/truncated": 0.0,
+            "verdict/timed_out": 0.25,
+            "verdict/crashed": 0.0,
+            "group/flat": 0.5,  # the second group has one scored member, which cannot differ from anything
+        }
+    )
+
+
+def test_the_verdict_shares_add_up_to_one() -> None:
+    metrics = rollout_metrics(_groups())
+    assert sum(value for name, value in metrics.items() if name.startswith("verdict/")) == 1.0
+
+
+def test_a_group_whose_members_got_the_same_reward_is_flat() -> None:
+    groups = [make_group(0, [1.0, 1.0]), make_group(1, [0.0, 0.0]), make_group(2, [1.0, 0.0]), make_group(3, [None, None])]
+    assert rollout_metrics(groups)["group/flat"] == 0.75
+
+
+def test_a_mean_over_nothing_is_not_a_number_rather_than_zero() -> None:
+    metrics = rollout_metrics([make_group(0, [None])])
+    assert math.isnan(metrics["train/accuracy"]) and math.isnan(metrics["train/reward"])
+    assert all(math.isnan(value) for value in accuracy_and_tokens([]).values())
+
+
+def test_advantage_metrics_count_loss_tokens_with_signal() -> None:
+    rollouts = [make_rollout(generated=(1,)), make_rollout(generated=(1, 2, 3))]
+    advantage_N = torch.tensor([1.0, 0.0])
+    batch = pack_rollouts(rollouts, advantage_N, torch.zeros(2))
+    metrics = advantage_metrics(advantage_N, batch)
+    assert metrics == pytest.approx({"adv/mean": 0.5, "adv/std": math.sqrt(0.5), "adv/nonzero_tokens": 0.25})
+
+
+def test_the_spread_of_a_single_advantage_is_zero() -> None:
+    batch = pack_rollouts([make_rollout()], torch.tensor([2.0]), torch.zeros(1))
+    assert advantage_metrics(torch.tensor([2.0]), batch) == {"adv/mean": 2.0, "adv/std": 0.0, "adv/nonzero_tokens": 1.0}
+
+
+RANK_0 = {
+    "sum/tokens": 30.0, "sum/loss": 3.0, "sum/entropy": 60.0, "sum/clipped": 2.0, "sum/dual_clipped": 1.0, "sum/approx_kl": 0.4,
+    "sum/padding": 4.0, "sum/grid": 50.0, "sum/mismatch": 0.3, "sum/mismatch_tokens": 20.0, "max/mismatch": 0.1,
+    "same/lr": 1e-6, "same/skipped": 0.0, "same/grad_norm": 2.5,
+}  # fmt: skip
+RANK_1 = RANK_0 | {"sum/tokens": 10.0, "sum/loss": 1.0, "sum/entropy": 20.0, "sum/padding": 6.0, "max/mismatch": 0.4}
+
+
+def test_learner_metrics_weigh_the_ranks_by_their_tokens() -> None:
+    assert learner_metrics([RANK_0, RANK_1]) == pytest.approx(
+        {
+            "policy/loss": 4 / 40,
+            "policy/entropy": 80 / 40,
+            "policy/clip_fraction": 4 / 40,
+            "policy/dual_clip_fraction": 2 / 40,
+            "policy/approx_kl": 0.8 / 40,
+            "learn/lr": 1e-6,
+            "learn/skipped": 0.0,
+            "learn/padding": 10 / 100,
+            "learn/grad_norm": 2.5,
+            "mismatch/mean": 0.6 / 40,
+            "mismatch/max": 0.4,
+        }
+    )
+
+
+def test_a_rank_without_rollouts_changes_no_mean() -> None:
+    idle = {name: value if name.startswith("same/") else 0.0 for name, value in RANK_0.items()}
+    assert learner_metrics([RANK_0, idle]) == pytest.approx(learner_metrics([RANK_0]))
+
+
+def test_figures_that_were_not_computed_are_left_out_rather_than_zero() -> None:
+    skipped = {name: value for name, value in RANK_0.items() if name != "same/grad_norm"} | {"same/skipped": 1.0}
+    metrics = learner_metrics([skipped])
+    assert metrics["learn/skipped"] == 1.0
+    assert not {"learn/grad_norm", "policy/kl", "policy/correction_weight"} & metrics.keys()
+    full = learner_metrics([RANK_0 | {"sum/kl": 6.0, "sum/correction_weight": 33.0}])
+    assert full["policy/kl"] == pytest.approx(0.2) and full["policy/correction_weight"] == pytest.approx(1.1)

@@ -1,0 +1,155 @@
+"""The conductor's pure helpers: what is learnt from, when a step is refused, and what a reader of samples.jsonl sees."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from rl.collection import Collected
+from rl.errors import BudgetRLError
+from rl.settings import Settings
+from rl.trainer import build_batch, check_learnable, check_scored, effective_correction, sample_record
+from rl.types import FinishReason, Group, VerdictStatus
+from tests.builders import make_group, make_lease, make_prompt, make_rollout, make_scored
+
+HALF = math.sqrt(0.5)
+"""(1 - 0.5) / std of {0, 1} with the sample correction."""
+
+
+def _settings(**sections: Any) -> Settings:
+    return Settings.model_validate(
+        {"model": {"path": "model"}, "data": {"source": "problems.jsonl"}, "max_steps": 1, "prompts_per_step": 2} | sections
+    )
+
+
+# -- build_batch -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_unscored_member_is_left_out_of_the_batch_and_of_its_groups_statistics() -> None:
+    groups = (make_group(0, [1.0, None, 0.0]), make_group(1, [0.0, 0.0, 0.0]))
+    batch, advantage_N, members = build_batch(groups, _settings())
+    assert [m.rollout.lease.ticket[7:] for m in members] == ["0000.000", "0000.002", "0001.000", "0001.001", "0001.002"]
+    torch.testing.assert_close(advantage_N, torch.tensor([HALF, -HALF, 0, 0, 0]), atol=1e-5, rtol=0)
+    assert batch.rollouts == 5
+    assert batch.minibatch_N.tolist() == [0] * 5
+
+
+def test_each_response_token_carries_its_rollouts_advantage() -> None:
+    batch, _, _ = build_batch((make_group(0, [1.0, 0.0]), make_group(1, [0.0, 0.0])), _settings())
+    expected = torch.tensor([0, 0, 0, HALF, HALF, 0, 0, 0, -HALF, -HALF] + [0.0] * 10)
+    torch.testing.assert_close(batch.advantage_T, expected, atol=1e-5, rtol=0)
+
+
+def test_groups_are_dealt_whole_and_in_order_to_the_mini_batches() -> None:
+    groups = tuple(make_group(g, [1.0, 0.0]) for g in range(4))
+    settings = _settings(prompts_per_step=4, learner={"minibatches": 2})
+    assert build_batch(groups, settings)[0].minibatch_N.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_a_budgeted_member_is_compared_with_its_ceiling_and_a_free_one_is_not() -> None:
+    settings = _settings(
+        reward={"method": "hbpo"},
+        advantage={"estimator": "hierarchical"},
+        rollout={"max_length": 64, "budgets": [16, "free"], "samples_per_prompt": 2},
+    )
+    _, advantage_N, _ = build_batch((make_group(0, [3.0, 1.0], budgets=[16, None]),), settings)
+    below_ceiling = 3.0 - 4.0 * math.cos(math.pi / 8)  # budget 16 of 64: pi * 16 / (2 * 64)
+    torch.testing.assert_close(advantage_N, torch.tensor([HALF + below_ceiling, -HALF]), atol=1e-5, rtol=0)
+
+
+def test_the_budget_sentence_is_trained_on_as_configured() -> None:
+    lease = make_lease(prefill_ids=(40, 41), budget=16)
+    groups = (Group(make_prompt(), (make_scored(make_rollout(lease)),)),)
+    for train_prefix, tokens in ((True, 4), (False, 2)):
+        batch, _, _ = build_batch(groups, _settings(learner={"train_prefix": train_prefix}))
+        assert int(batch.loss_mask_T.sum()) == tokens
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------------
+
+
+def _collected(*rewards: float | None, lost: tuple[str, ...] = ()) -> Collected:
+    return Collected((make_group(0, rewards),), lost, generate_s=1.0, score_s=1.0)
+
+
+def test_a_step_with_as_many_unscored_answers_as_allowed_goes_on() -> None:
+    check_scored(_collected(1.0, 0.0, 0.0, 0.0, None), 0.2)
+    check_scored(_collected(None, None), 1.0)
+    check_scored(Collected((), (), generate_s=0.0, score_s=0.0), 0.0)
+
+
+def test_a_step_with_more_is_refused_with_the_first_cause_and_the_settings_to_change() -> None:
+    with pytest.raises(BudgetRLError) as caught:
+        check_scored(_collected(1.0, 0.0, None, None, 0.0), 0.2)
+    assert caught.value.cause == "2 of 5 answers could not be scored (limit 20%); first: grader needed more than 10 s"
+    assert "reward.grade_deadline_s" in caught.value.fix and "reward.max_unscored" in caught.value.fix
+
+
+def test_lost_rollouts_count_as_unscored() -> None:
+    with pytest.raises(BudgetRLError, match=r"1 of 3 answers .* first: 000000.0000.002: engine 0 died"):
+        check_scored(_collected(1.0, 0.0, lost=("000000.0000.002: engine 0 died",)), 0.2)
+
+
+FLAT = {"adv/nonzero_tokens": 0.0, "verdict/truncated": 0.0, "verdict/malformed": 0.0, "train/accuracy": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("found", "advice"),
+    [
+        ({"verdict/truncated": 0.75}, "75% of answers are cut at rollout.max_length=4096: raise it"),
+        ({"verdict/malformed": 0.6}, "60% of answers have no readable answer: check data.extract=after_think"),
+        ({"train/accuracy": 1.0}, "every answer is right: use harder data"),
+        ({"train/accuracy": 0.5}, "no group has both right and wrong answers: use easier data"),
+        ({}, "raise rollout.samples_per_prompt or prompts_per_step"),
+    ],
+)
+def test_a_first_step_without_signal_is_refused_with_advice_that_fits(found: dict[str, float], advice: str) -> None:
+    with pytest.raises(BudgetRLError) as caught:
+        check_learnable(FLAT | found, _settings())
+    assert caught.value.cause == "nothing can be learnt from the first step: every advantage is zero"
+    assert advice in caught.value.fix and "allow_idle=true" in caught.value.fix
+
+
+def test_a_first_step_with_any_signal_or_with_leave_to_idle_goes_on() -> None:
+    check_learnable(FLAT | {"adv/nonzero_tokens": 0.01, "verdict/truncated": 0.9}, _settings())
+    check_learnable(FLAT, _settings(allow_idle=True))
+
+
+# -- correction and samples ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("temperature", "expected"), [(1.0, "none"), (0.7, "replay"), (1.2, "replay")])
+def test_automatic_correction_replays_only_a_shaped_distribution(temperature: float, expected: str) -> None:
+    assert effective_correction(_settings(rollout={"temperature": temperature})) == expected
+
+
+@pytest.mark.parametrize("named", ["none", "truncated", "replay"])
+def test_a_correction_that_is_named_is_used(named: str) -> None:
+    assert effective_correction(_settings(correction=named, rollout={"temperature": 0.7})) == named
+
+
+def test_a_sample_shows_question_answer_verdict_and_reward_parts() -> None:
+    lease = make_lease(group=3, member=1, budget=16, prefill_ids=(40,))
+    rollout = make_rollout(lease, finish=FinishReason.LENGTH, text="<think> 7")
+    member = make_scored(rollout, status=VerdictStatus.WRONG, reward=0.5, parts={"correct": 0.0, "budget": 0.5}, extracted="7")
+    assert sample_record(member, -0.25) == {
+        "ticket": "000000.0003.001",
+        "prompt": "question 3",
+        "gold": "3",
+        "answer": "<think> 7",
+        "budget": "16",
+        "length": 3,
+        "verdict": "wrong",
+        "extracted": "7",
+        "reward": {"correct": 0.0, "budget": 0.5},
+        "advantage": -0.25,
+        "finish": "length",
+    }
+
+
+def test_a_sample_that_was_not_scored_has_no_reward() -> None:
+    member = make_scored(status=VerdictStatus.CRASHED)
+    assert sample_record(member, 0.0)["reward"] is None
