@@ -23,9 +23,9 @@ from rl.waiting import StopFlag, wait_for
 
 log = logging.getLogger("budget_rl")
 
-FORMAT = 4
+FORMAT = 5
 """Part of the cache key: raised whenever traces, model or training change in code."""
-UPDATES_PER_CALL = 8
+UPDATES_PER_CALL = 20
 """Optimiser steps sent to the learner at once: keeps Ray's share of a step below 1 %."""
 
 
