@@ -26,6 +26,8 @@ def connect() -> dict[str, float]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # The driver computes nothing; unnamed, DeepSpeed would look for an accelerator when imported and say on the console what it found.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import ray
 
     options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "namespace": "budget-rl"}
@@ -71,7 +73,7 @@ class Workforce:
         from rollout.actor import RolloutActor
 
         settings = self.settings
-        threads = max(1, int(settings.rollout.cpus_per_worker))
+        threads = settings.rollout.threads_per_worker or max(1, (os.cpu_count() or 1) // settings.rollout.workers)
         environment = {"OMP_NUM_THREADS": str(threads), "RAY_USAGE_STATS_ENABLED": "0"}
         for index in range(settings.rollout.workers):
             options = ray.remote(RolloutActor).options(

@@ -13,13 +13,12 @@ from rl.coordinator import (
     EngineLost,
     Event,
     Generate,
-    Instruction,
     RolloutsArrived,
     Score,
+    ScorerLost,
     ScoresArrived,
     StepBegan,
 )
-from rl.errors import BudgetRLError
 from rl.settings import Settings
 from rl.types import Group, Lease
 from rl.waiting import StopFlag, WorkerLost, first_ready, wait_for
@@ -41,54 +40,67 @@ class Collected:
 
 @dataclass
 class Collector:
-    """Runs leases to scored groups on the given actors."""
+    """Runs leases to scored groups on the given actors; one that dies is left out from then on."""
 
     engines: list[Any]
     scorers: list[Any]
     settings: Settings
     coordinator: Coordinator = field(default_factory=Coordinator)
+    dead_engines: set[int] = field(default_factory=set)
+    turn: int = 0
+
+    @property
+    def live_engines(self) -> list[Any]:
+        """The engines that have not died; all of them must serve the newest weights."""
+        return [self.engines[i] for i in self._alive()]
 
     def collect(self, leases: tuple[Lease, ...], *, top_p: float = 1.0, stop: StopFlag | None = None) -> Collected:
-        """Generate and score all leases. Raises BudgetRLError when no engine is left or the deadline passes."""
+        """Generate and score all leases. Raises WorkerLost when no engine or no reward worker is left, DeadlineExceeded when
+        nothing arrives in time, StopRequested on Ctrl-C."""
+        self.coordinator = Coordinator()
         started = generated = time.monotonic()
-        running: dict[Any, Generate | Score] = {}
-        alive = set(range(len(self.engines)))
-        scorers = list(self.scorers)
-        queue: list[Instruction] = self.coordinator.step(StepBegan(leases, tuple(sorted(alive))))
-        turn = 0
+        running: dict[Any, tuple[Generate | Score, Any]] = {}
+        queue = self.coordinator.step(StepBegan(leases, self._alive()))
         while True:
             for instruction in queue:
-                match instruction:
-                    case Generate():
-                        running[self.engines[instruction.engine].generate.remote(list(instruction.leases), top_p)] = instruction
-                    case Score():
-                        scorer = scorers[turn % len(scorers)]
-                        turn += 1
-                        running[scorer.score.remote(list(instruction.rollouts))] = instruction
-                    case CloseStep():
-                        return Collected(instruction.groups, instruction.lost, generated - started, time.monotonic() - generated)
-            if not running:
-                raise BudgetRLError(f"nothing is running but {len(self.coordinator.open_tickets())} rollouts are open")
-            deadline = self.settings.rollout.deadline_s
-            what = f"{len(self.coordinator.open_tickets())} rollouts, first {self.coordinator.open_tickets()[0]}"
-            ref = first_ready(list(running), seconds=deadline, what=what, stop=stop)
-            instruction = running.pop(ref)
-            event = self._answer(ref, instruction, alive, scorers)
+                if isinstance(instruction, CloseStep):
+                    return Collected(instruction.groups, instruction.lost, generated - started, time.monotonic() - generated)
+                actor, ref = self._send(instruction, top_p)
+                running[ref] = (instruction, actor)
+            open_tickets = self.coordinator.open_tickets()
+            what = f"{len(open_tickets)} open rollouts, first {open_tickets[0]}"
+            ref = first_ready(list(running), seconds=self.settings.rollout.deadline_s, what=what, stop=stop)
+            event = self._answer(ref, *running.pop(ref))
             if isinstance(event, RolloutsArrived):
                 generated = time.monotonic()
             queue = self.coordinator.step(event)
 
-    def _answer(self, ref: Any, instruction: Generate | Score, alive: set[int], scorers: list[Any]) -> Event:
+    def _alive(self) -> tuple[int, ...]:
+        return tuple(i for i in range(len(self.engines)) if i not in self.dead_engines)
+
+    def _send(self, instruction: Generate | Score, top_p: float) -> tuple[Any, Any]:
+        if isinstance(instruction, Generate):
+            actor = self.engines[instruction.engine]
+            return actor, actor.generate.remote(list(instruction.leases), top_p)
+        actor = self.scorers[self.turn % len(self.scorers)]
+        self.turn += 1
+        return actor, actor.score.remote(list(instruction.rollouts))
+
+    def _answer(self, ref: Any, instruction: Generate | Score, actor: Any) -> Event:
         try:
             (value,) = wait_for([ref], seconds=self.settings.rollout.deadline_s, what=_name(instruction))
         except WorkerLost as error:
-            log.warning("%s", error)
+            log.warning("%s; its work goes to another worker", error)
             if isinstance(instruction, Generate):
-                alive.discard(instruction.engine)
-                if not alive:
+                self.dead_engines.add(instruction.engine)
+                if not self._alive():
                     raise
-                return EngineLost(instruction.engine, str(error), tuple(sorted(alive)))
-            raise
+                return EngineLost(instruction.engine, str(error), self._alive())
+            self.scorers = [scorer for scorer in self.scorers if scorer is not actor]
+            if not self.scorers:
+                raise
+            tickets = tuple(rollout.lease.ticket for rollout in instruction.rollouts)
+            return ScorerLost(tickets, str(error), len(self.scorers))
         return RolloutsArrived(tuple(value)) if isinstance(instruction, Generate) else ScoresArrived(tuple(value))
 
 

@@ -251,6 +251,10 @@ def redirect_library_chatter(log_path: Path) -> None:
     """
     # Read when these libraries are imported; a user's own choice stays.
     os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")
+    if "transformers" in sys.modules:  # its bars for reading and writing weights are no logging; this module is too light to import it
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
     root = logging.getLogger()
     current = [handler for handler in root.handlers if isinstance(handler, _LogFile)]
     if [Path(handler.baseFilename) for handler in current] != [Path(os.path.abspath(log_path))]:

@@ -106,7 +106,7 @@ def make_leases(prompts: Sequence[Prompt], budgets: Sequence[Budget], prefills: 
                 step: int, run_seed: int, shaping: Shaping, max_length: int, min_version: int) -> tuple[Lease, ...]:
     """One lease per prompt and member. ``prefills[p][m]`` opens the response of member m of prompt p.
 
-    A lease's seed depends on run seed, step, prompt and member only, so which worker runs it changes nothing.
+    A lease's seed depends on run seed, step, prompt (and its place in the step) and member, so which worker runs it changes nothing.
     """
     leases = []
     for p, prompt in enumerate(prompts):
@@ -121,7 +121,7 @@ def make_leases(prompts: Sequence[Prompt], budgets: Sequence[Budget], prefills: 
                     shaping=shaping,
                     prefill_ids=prefill,
                     max_new_tokens=max_length - len(prefill),
-                    seed=ticket_seed(run_seed, step, prompt.id, m),
+                    seed=ticket_seed(run_seed, step, f"{p}:{prompt.id}", m),
                     min_version=min_version,
                 )
             )

@@ -13,6 +13,7 @@ from rl.cluster import Workforce, connect, disconnect
 from rl.collection import Collector
 from rl.coordinator import make_leases
 from rl.errors import BudgetRLError
+from rl.run_folder import replace_text
 from rl.settings import Settings
 from rl.step_metrics import accuracy_and_tokens
 from rl.types import Budget, BudgetKind, Prompt, Scored, Shaping, VerdictStatus
@@ -77,6 +78,12 @@ def per_problem(result: EvalResult) -> dict[str, dict[str, float]]:
     for member in result.scored:
         by_prompt.setdefault(member.rollout.lease.prompt.id, []).append(member)
     return {prompt: accuracy_and_tokens(members) for prompt, members in sorted(by_prompt.items())}
+
+
+def write_per_problem(path: Path, results: Sequence[EvalResult], *, step: int) -> None:
+    """Write ``{"step", "results": {label: {prompt id: {"accuracy", "tokens"}}}}`` as JSON, whole or not at all."""
+    content = {"step": step, "results": {result.label: per_problem(result) for result in results}}
+    replace_text(path, json.dumps(content) + "\n")
 
 
 def run_evaluation(settings: Settings, *, target: Path) -> int:

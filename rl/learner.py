@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from rl.batch import MicroBatch, pad_rows, plan_microbatches, select_rollouts
 from rl.errors import BudgetRLError
-from rl.losses import kl_penalty, policy_loss
+from rl.losses import kl_penalty, policy_loss, truncated_weight
 from rl.policy import PolicyModel, load_policy
 from rl.settings import LearnerSettings, LossSettings
 from rl.types import TrainBatch
@@ -145,8 +145,7 @@ class Learner:
         new_T, old_T = (shaped, old_shaped) if correction == "replay" else (raw, old_raw)
         weight_T = None
         if correction == "truncated":
-            gap_T = torch.nan_to_num(old_raw - micro.sampled_logp_T, nan=0.0)  # NaN: tokens the engine did not sample
-            weight_T = gap_T.exp().clamp(max=correction_cap)
+            weight_T = truncated_weight(old_raw, micro.sampled_logp_T, cap=correction_cap)
             _add(totals, "sum/correction_weight", float((weight_T * micro.mask_T).sum()))
         settings = self.loss_settings
         result = policy_loss(
@@ -220,8 +219,8 @@ class Learner:
 
     # -- weights and state -----------------------------------------------------------------------------------------------
 
-    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter by its Hugging Face name, tied ones under each of their names, gathered one at a time.
+    def named_weights(self, *, device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter by its Hugging Face name, tied ones under each of their names, gathered and copied one at a time.
 
         A collective under ZeRO-3: all ranks must iterate to the end.
         """
@@ -229,7 +228,7 @@ class Learner:
 
         for name, parameter in self.lm.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], enabled=self.settings.zero_stage == 3):
-                tensor = parameter.detach().to("cpu").clone()
+                tensor = parameter.detach().to(device, copy=True)
             yield name, tensor
             for alias in self.tied_names.get(name, ()):
                 yield alias, tensor

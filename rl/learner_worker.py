@@ -105,6 +105,7 @@ class LearnerWorker(Worker):
         self.settings, self.loss_settings = settings, loss
         self.dtype, self.trust_remote_code, self.seed = dtype, trust_remote_code, seed
         self.learner: Any = None
+        self.transfer: Any = None
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     def start(self, folder: str) -> int:
@@ -134,6 +135,20 @@ class LearnerWorker(Worker):
         """All weights as one checksummed bundle (rank 0; the others take part in gathering and return None)."""
         weights = list(self.learner.named_weights())
         return bundle_weights(weights, number) if self.rank == 0 else None
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    def push_by_nccl(self, number: int, engines: list[Any], ranks_per_engine: int) -> None:
+        """Send all weights from GPU to GPU as version ``number``; the first call makes the NCCL group."""
+        if self.transfer is None:
+            from rollout.nccl_push import open_push
+
+            address = ray.util.get_node_ip_address().strip("[]")
+            self.transfer = open_push(
+                self.learner, engines, rank=self.rank, ranks_per_engine=ranks_per_engine, address=address,
+                seconds=self.settings.deadline_s,
+            )
+        self.transfer.client.version = number
+        self.transfer.send_weights()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     def save(self, folder: str) -> WeightVersion | None:

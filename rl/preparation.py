@@ -35,14 +35,31 @@ class Prepared:
     dropped_share: float
 
 
-def prepare_run(settings: Settings, console: Console, stop: StopFlag | None = None) -> Prepared:
-    """Model, prompts and budget plan; runs the warm start when it is configured and not cached.
+@dataclass(frozen=True)
+class Inputs:
+    """What the configuration names, found and readable; nothing was started or trained for it."""
 
-    Raises DataError when too few prompts are left, ModelError when the model cannot be had.
+    problems: Problems
+    model: Path | None
+    """None where the warm start is to make it."""
+
+
+def find_inputs(settings: Settings) -> Inputs:
+    """The problems and the model folder, so that a wrong name is an error before Ray starts or the warm start trains.
+
+    Raises DataError or ModelError where they cannot be had.
     """
     warm = settings.warm_start
-    problems = load_problems(settings.data, extra=warm.traces if warm else 0)
-    model = warm_started(settings, problems, console, stop) if warm else local_folder(settings.model)
+    return Inputs(load_problems(settings.data, extra=warm.traces if warm else 0), None if warm else local_folder(settings.model))
+
+
+def prepare_run(settings: Settings, inputs: Inputs, console: Console, stop: StopFlag | None = None) -> Prepared:
+    """Model, prompts and budget plan; runs the warm start when it is configured and not cached.
+
+    Raises DataError when too few prompts are left.
+    """
+    problems = inputs.problems
+    model = inputs.model or warm_started(settings, problems, console, stop)
     tokenizer = load_tokenizer(settings.model.model_copy(update={"path": str(model), "gguf_file": None, "revision": None}))
     encoder = PromptEncoder(tokenizer, settings.data)
     prompts, dropped = encoder.encode_all(problems.train)

@@ -71,6 +71,8 @@ class RolloutSettings(Section):
     cpus_per_worker: float = Field(default=1.0, gt=0)
     """Ray CPUs per engine; on a laptop fractions let all actors fit, e.g. 0.5."""
     gpus_per_worker: float = Field(default=0.0, ge=0)
+    threads_per_worker: int = Field(default=0, ge=0)
+    """CPU threads of one engine; 0 takes all cores divided by the workers. Engines and learner take turns, so both may have all."""
     samples_per_prompt: int = Field(default=16, ge=1)
     """Rollouts per prompt, all budgets together (HBPO: 16)."""
     budgets: list[BudgetChoice] = Field(default_factory=lambda: ["free"])
@@ -98,8 +100,9 @@ class RolloutSettings(Section):
     """Longest wait for one step's rollouts."""
     start_deadline_s: float = Field(default=600.0, gt=0)
     """Longest wait for an engine to load the model."""
-    weight_transport: Literal["auto", "object_store", "nccl", "ipc"] = "auto"
-    """How weights reach the engines: through Ray's object store (CPU), or NCCL / CUDA IPC (GPU)."""
+    weight_transport: Literal["auto", "object_store", "nccl"] = "auto"
+    """How weights reach the engines: through Ray's object store (any device, checksummed), or by NCCL from GPU to GPU.
+    `auto`: object_store; NCCL where tensor_parallel spreads an engine over several processes."""
 
     @field_validator("budgets")
     @classmethod
@@ -119,6 +122,24 @@ class RolloutSettings(Section):
         if template.count("{budget}") != 1 or template.count("<think>") > 1:
             raise ValueError(f"rollout.budget_template {template!r} must hold {{budget}} exactly once and <think> at most once")
         return template
+
+    @property
+    def transport(self) -> Literal["object_store", "nccl"]:
+        """`weight_transport` with `auto` decided."""
+        if self.weight_transport == "auto":
+            return "nccl" if self.tensor_parallel > 1 else "object_store"
+        return self.weight_transport
+
+    @model_validator(mode="after")
+    def _transports(self) -> RolloutSettings:
+        if self.transport == "nccl" and self.gpus_per_worker < 1:
+            raise ValueError(
+                f"rollout.weight_transport=nccl (tensor_parallel={self.tensor_parallel}) goes from GPU to GPU and an engine has "
+                f"rollout.gpus_per_worker={self.gpus_per_worker:g}; use object_store with tensor_parallel=1, or give it GPUs"
+            )
+        if self.transport == "object_store" and self.tensor_parallel > 1:
+            raise ValueError("rollout.weight_transport=object_store serves engines of one process; use nccl with tensor_parallel")
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> RolloutSettings:

@@ -20,11 +20,11 @@ from rl.collection import Collected, Collector
 from rl.console import Console, redirect_library_chatter
 from rl.coordinator import make_leases
 from rl.errors import BudgetRLError
-from rl.evaluation import evaluate, special_tokens
+from rl.evaluation import evaluate, special_tokens, write_per_problem
 from rl.figures import draw_curves, write_table
 from rl.learner_worker import to_data_proto
 from rl.preflight import check_memory, check_resources, derived_plan, estimate_memory, read_model_shape
-from rl.preparation import Prepared, prepare_run
+from rl.preparation import Inputs, Prepared, find_inputs, prepare_run
 from rl.run_folder import RunFolder
 from rl.settings import Settings
 from rl.step_metrics import advantage_metrics, learner_metrics, rollout_metrics
@@ -164,9 +164,13 @@ class Run:
     def push_weights(self) -> None:
         """Every engine serves version ``step`` before the next rollout."""
         version, seconds = self.progress.step, self.settings.learner.deadline_s
+        if self.settings.rollout.transport == "nccl":
+            refs = self.workforce.learners.push_by_nccl(version, self.collector.live_engines, self.settings.rollout.tensor_parallel)
+            wait_for(refs, seconds=seconds, what=f"weights v{version} go to the engines by NCCL")
+            return
         refs = self.workforce.learners.collect_weights(version)
         wait_for(refs, seconds=seconds, what=f"learner collects weights v{version}")
-        pushes = [engine.set_weights.remote(refs[0]) for engine in self.workforce.engines]
+        pushes = [engine.set_weights.remote(refs[0]) for engine in self.collector.live_engines]
         for index, served in enumerate(wait_for(pushes, seconds=seconds, what=f"engines take weights v{version}")):
             if served.number != version:
                 raise BudgetRLError(f"engine {index} serves weights v{served.number} after a push of v{version}")
@@ -203,12 +207,18 @@ class Run:
         picked = [i * len(members) // wanted for i in range(wanted)] if wanted else []
         self.folder.append_samples(self.progress.step, [sample_record(members[i], float(advantage_N[i])) for i in picked])
 
+    @property
+    def evaluation_file(self) -> Path:
+        """Where the per-problem results at the current step lie, once evaluated."""
+        return self.folder.path / f"eval-{self.progress.step}.json"
+
     def evaluate(self) -> dict[str, float]:
         """Held-out accuracy and tokens at the current weights, into every sink under the current step."""
         started = time.monotonic()
         results = evaluate(
             self.collector, self.prepared.plan, self.prepared.held_out, self.settings, version=self.progress.step, stop=self.stop
         )
+        write_per_problem(self.evaluation_file, results, step=self.progress.step)
         metrics = {name: value for result in results for name, value in result.metrics().items()}
         report = StepReport(self.progress.step, metrics | {"time/eval": time.monotonic() - started})
         self.folder.append_metrics(report)
@@ -247,7 +257,7 @@ def build_batch(groups: tuple[Group, ...], settings: Settings) -> tuple[TrainBat
     """Advantages and packed training data of a step's scored members (unscored ones are left out of all statistics)."""
     members = [(g, m) for g, group in enumerate(groups) for m in group.members if m.reward is not None]
     scored = [m for _, m in members]
-    group_N = torch.tensor([g for g, _ in members])
+    group_N = torch.tensor([g for g, _ in members], dtype=torch.int64)
     reward_N = torch.tensor([m.reward.total for m in scored if m.reward is not None], dtype=torch.float64)
     budget_N = torch.tensor(
         [math.inf if m.rollout.lease.budget.is_free else float(m.rollout.lease.budget.tokens) for m in scored], dtype=torch.float64
@@ -275,7 +285,7 @@ def check_scored(collected: Collected, limit: float) -> None:
     members = [m for group in collected.groups for m in group.members]
     unscored = [m for m in members if m.reward is None]
     total = len(members) + len(collected.lost)
-    if total and (len(unscored) + len(collected.lost)) > limit * total:
+    if len(unscored) == len(members) or (len(unscored) + len(collected.lost)) > limit * total:
         example = unscored[0].verdict.evidence if unscored else collected.lost[0]
         raise BudgetRLError(
             f"{len(unscored) + len(collected.lost)} of {total} answers could not be scored (limit {limit:.0%}); first: {example}",
@@ -315,12 +325,13 @@ def run_training(settings: Settings, *, config_path: Path) -> int:
     folder.write_config(settings.model_dump(mode="json"))
     console.opening(folder, {"version": project_version(), "model": settings.model.path, "data": settings.data.source,
                              "method": f"{settings.reward.method} / {settings.advantage.estimator}"})
+    inputs = find_inputs(settings)
     tracker = Tracker(settings.tracking, folder, run_name=folder.name, run_id=resume[1].tracker_run_id if resume else None)
     status = "FAILED"
     try:
         tracker.start(folder.config, chosen_params(settings))
         with StopFlag() as stop:
-            code = _run(settings, folder, console, tracker, stop, resume)
+            code = _run(settings, inputs, folder, console, tracker, stop, resume)
         status = "KILLED" if code == INTERRUPTED else "FINISHED"
         return code
     except BaseException as error:
@@ -333,14 +344,15 @@ def run_training(settings: Settings, *, config_path: Path) -> int:
         console.close()
 
 
-def _run(settings: Settings, folder: RunFolder, console: Console, tracker: Tracker, stop: StopFlag,
+def _run(settings: Settings, inputs: Inputs, folder: RunFolder, console: Console, tracker: Tracker, stop: StopFlag,
          resume: tuple[Path, Manifest] | None) -> int:
     resources = connect()
+    stop.arm()
     check_resources(settings, cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0))
     workforce = Workforce(settings)
     run: Run | None = None
     try:
-        prepared = prepare_run(settings, console, stop)
+        prepared = prepare_run(settings, inputs, console, stop)
         redirect_library_chatter(folder.log)
         shape = read_model_shape(prepared.model, trust_remote_code=settings.model.trust_remote_code)
         check_memory(
@@ -353,6 +365,8 @@ def _run(settings: Settings, folder: RunFolder, console: Console, tracker: Track
             console.say(f"resumed from {resume[0].name}")
         if run.finished():
             console.say(f"the run already reached its end at step {run.progress.step}; raise max_steps to go on, or resume=never to start anew")
+            if settings.eval.after and not run.evaluation_file.exists():
+                run.evaluate()  # the run was killed between its last checkpoint and the end of this
             return 0
         before = run.evaluate() if settings.eval.before and run.progress.step == 0 else {}
         run.train()

@@ -24,6 +24,10 @@ class WorkerLost(BudgetRLError):
     """A Ray actor or task died; carries the first cause rather than Ray's wrapper."""
 
 
+class WorkerFailed(BudgetRLError):
+    """A worker is alive but its task raised something that is no BudgetRLError; carries that first cause, not Ray's wrapper."""
+
+
 class StopRequested(BudgetRLError):
     """Ctrl-C or SIGTERM arrived while waiting."""
 
@@ -37,10 +41,15 @@ class StopFlag:
         self.reason = ""
 
     def __enter__(self) -> StopFlag:
+        self.arm()
+        return self
+
+    def arm(self) -> None:
+        """Take both signals; again after ``ray.init``, which puts handlers of its own in their place."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._on_signal)
-        return self
+                previous = signal.signal(number, self._on_signal)
+                self._previous.setdefault(number, previous)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
@@ -60,8 +69,8 @@ class StopFlag:
 def wait_for(refs: Sequence[Any], *, seconds: float, what: str, stop: StopFlag | None = None) -> list[Any]:
     """Results of all ``refs`` in order.
 
-    Raises DeadlineExceeded after ``seconds``, WorkerLost when a worker died, StopRequested when ``stop`` was set meanwhile;
-    a BudgetRLError that a worker raised arrives as it was raised there.
+    Raises DeadlineExceeded after ``seconds``, WorkerLost when a worker died, WorkerFailed when its task raised, StopRequested
+    when ``stop`` was set meanwhile; a BudgetRLError that a worker raised arrives as it was raised there.
     """
     import ray
 
@@ -107,7 +116,7 @@ def _raise_first_cause(ref: Any, what: str) -> None:
         # What ray raises looks like the cause but prints the remote traceback; `cause` is the exception as it was raised.
         if isinstance(error.cause, BudgetRLError):
             raise error.cause from error
-        raise WorkerLost(f"{what}: {_last_message(error)}") from error
+        raise WorkerFailed(f"{what}: {_last_message(error)}") from error
     except ray.exceptions.RayError as error:  # a dead actor, a dead task process, an object lost with its node
         raise WorkerLost(f"{what}: the worker process died: {_last_message(error)}") from error
 

@@ -13,7 +13,9 @@ from rollout.weights import WeightBundle
 class RolloutActor:
     """Holds an engine; made with ``ray.remote(RolloutActor)``. Calls are served one after the other."""
 
-    def __init__(self, settings: RolloutSettings, *, dtype: str, max_prompt_length: int, seed: int, trust_remote_code: bool) -> None:
+    def __init__(
+        self, settings: RolloutSettings, *, dtype: str, max_prompt_length: int, seed: int, trust_remote_code: bool
+    ) -> None:
         self.settings = settings
         self.options: dict[str, Any] = {
             "dtype": dtype, "max_prompt_length": max_prompt_length, "seed": seed, "trust_remote_code": trust_remote_code,
@@ -30,6 +32,20 @@ class RolloutActor:
     def set_weights(self, bundle: WeightBundle) -> WeightVersion:
         """See Engine.set_weights; Ray hands the bundle over from the object store without a copy."""
         return self.engine.set_weights(bundle)
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """One of the engine's weight-transfer control calls (NCCL push)."""
+        if name not in ("init_weight_transfer_engine", "start_weight_update"):
+            raise ValueError(f"{name} is no weight-transfer call")
+        getattr(self.engine.llm, name)(*arguments)
+
+    def receive(self, update_info: dict[str, Any]) -> None:
+        """See Engine.receive."""
+        self.engine.receive(update_info)
+
+    def commit(self, number: int) -> WeightVersion:
+        """See Engine.commit."""
+        return self.engine.commit(WeightVersion(number, ""))
 
     def generate(self, leases: list[Lease], top_p: float = 1.0) -> list[Rollout]:
         """See Engine.generate."""

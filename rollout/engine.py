@@ -16,8 +16,6 @@ from rollout.weights import INBOX, WeightBundle, WeightError, register_transfer,
 log = logging.getLogger("budget_rl.rollout")
 
 ENGINE_ENVIRONMENT = {
-    # In process: weights are handed over without any serialisation, and one actor is one process.
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "TOKENIZERS_PARALLELISM": "false",
@@ -57,6 +55,9 @@ class Engine:
                  trust_remote_code: bool = False) -> None:
         for name, value in ENGINE_ENVIRONMENT.items():
             os.environ[name] = value
+        if settings.tensor_parallel == 1:
+            # In process: weights are handed over without any serialisation, and one actor is one process.
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         import torch
         from transformers import AutoTokenizer
 
@@ -89,11 +90,12 @@ class Engine:
             # Otherwise the model's own top-p or repetition penalty would apply to requests that do not set them.
             generation_config="vllm",
             logprobs_mode="processed_logprobs",
-            weight_transfer_config=WeightTransferConfig(backend="object_store"),
+            weight_transfer_config=WeightTransferConfig(backend=settings.transport),
             disable_log_stats=True,
             **memory,
         )
-        self.llm.init_weight_transfer_engine({"init_info": {}})
+        if settings.transport == "object_store":
+            self.llm.init_weight_transfer_engine({"init_info": {}})
 
     def set_weights(self, bundle: WeightBundle) -> WeightVersion:
         """Serve the bundle from the next request on; raises WeightError (and keeps the old weights) when it is not sound."""
@@ -104,14 +106,23 @@ class Engine:
         INBOX[bundle.version.number] = bundle
         self.llm.start_weight_update()
         self.llm.update_weights({"update_info": {"number": bundle.version.number}})
-        self.llm.finish_weight_update(str(bundle.version.number))
+        return self.commit(bundle.version)
+
+    def receive(self, update_info: dict[str, Any]) -> None:
+        """Take the weights of an open NCCL push; raises WeightError before any transfer when names are missing."""
+        require_complete(update_info["names"], self.expected_names)
+        self.llm.update_weights({"update_info": update_info})
+
+    def commit(self, version: WeightVersion) -> WeightVersion:
+        """Serve the received weights under ``version`` from the next request on."""
+        self.llm.finish_weight_update(str(version.number))
         # Cached prefixes hold keys and values of the old weights.
         if not self.llm.reset_prefix_cache():
             raise WeightError("vLLM did not reset its prefix cache; requests still running would mix weight versions")
         served = self.llm.get_weight_version()
-        if served != str(bundle.version.number):
-            raise WeightError(f"the engine says it serves v{served} after a push of v{bundle.version.number}")
-        self.version = bundle.version
+        if served != str(version.number):
+            raise WeightError(f"the engine says it serves v{served} after a push of v{version.number}")
+        self.version = version
         return self.version
 
     def generate(self, leases: Sequence[Lease], *, top_p: float = 1.0) -> list[Rollout]:
@@ -120,7 +131,7 @@ class Engine:
 
         stale = [lease.ticket for lease in leases if lease.min_version > self.version.number]
         if stale:
-            raise WeightError(f"lease {stale[0]} asks for weights v{leases[0].min_version}, the engine has v{self.version.number}")
+            raise WeightError(f"lease {stale[0]} asks for newer weights than the v{self.version.number} this engine has")
         prompts = [TokensPrompt(prompt_token_ids=[*lease.prompt.token_ids, *lease.prefill_ids]) for lease in leases]
         params = [
             SamplingParams(

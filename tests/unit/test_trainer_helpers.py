@@ -77,8 +77,12 @@ def _collected(*rewards: float | None, lost: tuple[str, ...] = ()) -> Collected:
 
 def test_a_step_with_as_many_unscored_answers_as_allowed_goes_on() -> None:
     check_scored(_collected(1.0, 0.0, 0.0, 0.0, None), 0.2)
-    check_scored(_collected(None, None), 1.0)
-    check_scored(Collected((), (), generate_s=0.0, score_s=0.0), 0.0)
+    check_scored(_collected(1.0, None, None), 1.0)
+
+
+def test_a_step_without_any_scored_answer_is_refused_whatever_the_limit() -> None:
+    with pytest.raises(BudgetRLError, match="2 of 2 answers could not be scored"):
+        check_scored(_collected(None, None), 1.0)
 
 
 def test_a_step_with_more_is_refused_with_the_first_cause_and_the_settings_to_change() -> None:

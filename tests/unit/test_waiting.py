@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from rl.errors import BudgetRLError, ConfigError
-from rl.waiting import DeadlineExceeded, StopFlag, StopRequested, WorkerLost, first_ready, wait_for
+from rl.waiting import DeadlineExceeded, StopFlag, StopRequested, WorkerFailed, WorkerLost, first_ready, wait_for
 
 LONG_S = 120.0
 """Never waited out: only a bound should something hang."""
@@ -96,7 +96,7 @@ def test_a_workers_own_error_arrives_through_a_worker_in_between(cluster: None) 
 
 
 def test_any_other_error_is_named_with_its_whole_message_and_what_was_waited_for(worker: Any) -> None:
-    with pytest.raises(WorkerLost) as caught:
+    with pytest.raises(WorkerFailed) as caught:
         wait_for([worker.break_down.remote()], seconds=LONG_S, what="engine 3 generates")
     assert caught.value.cause == "engine 3 generates: ValueError: shapes differ (3, 4) and (4, 3)"
 

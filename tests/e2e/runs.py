@@ -1,0 +1,188 @@
+"""Starts the product as a user does, in processes of its own, and finds every process that belongs to a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+MARK = "BUDGET_RL_TEST_RUN"
+"""Environment variable that every descendant of a run inherits, so that orphans are found too."""
+POLL_S = 0.05
+RUN_DEADLINE_S = 240.0
+EXIT_DEADLINE_S = 30.0
+
+SMALL = (
+    "warm_start=null", "rollout.workers=1", "prompts_per_step=4", "rollout.samples_per_prompt=8", "data.size=512", "data.held_out=32",
+    "eval.problems=8", "eval.samples=1", "eval.before=false", "eval.after=false",
+)  # fmt: skip
+"""Overrides of configs/quickstart.yaml for runs on a model that is already warm."""
+
+
+def until(condition: Callable[[], Any], what: str, *, seconds: float) -> Any:
+    """The first true value of ``condition``; fails naming ``what`` after ``seconds``."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(POLL_S)
+    raise AssertionError(f"waited {seconds:.0f} s for {what}")
+
+
+@dataclass
+class Launched:
+    """A command in a session of its own; its output goes to a file."""
+
+    arguments: Sequence[str]
+    environment: Mapping[str, str]
+    log: Path
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+    process: subprocess.Popen[bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                self.arguments, cwd=ROOT, env={**self.environment, MARK: self.mark}, stdin=subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait(self, seconds: float = RUN_DEADLINE_S) -> int:
+        """The exit status; a run that does not end in time fails the test, with its output."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{self.arguments} still runs after {seconds:.0f} s:\n{self.text[-4000:]}") from None
+
+    def running(self, what: str, condition: Callable[[], Any], *, seconds: float = RUN_DEADLINE_S) -> Any:
+        """Wait for ``condition``; fails with the output as soon as the command has ended before."""
+
+        def look() -> Any:
+            ended = self.process.poll() is not None  # looked at first: what is true at the end counts
+            value = condition()
+            assert value or not ended, f"ended with {self.process.returncode} before {what}:\n{self.text[-4000:]}"
+            return value
+
+        return until(look, what, seconds=seconds)
+
+    def signal_group(self, number: signal.Signals) -> None:
+        """What a terminal does at Ctrl-C: the signal goes to the whole foreground process group."""
+        os.killpg(self.process.pid, number)
+
+    def processes(self) -> list[psutil.Process]:
+        """Every live process that inherited the mark, orphans included."""
+        return [process for process in psutil.process_iter() if self.mark == _mark_of(process)]
+
+    def titles(self) -> list[str]:
+        """What each of them calls itself; Ray workers are ``ray::Class.method``."""
+        return sorted(filter(None, map(_title, self.processes())))
+
+    def end(self) -> None:
+        """Kill whatever is left; for the end of a test, passed or failed."""
+        for process in self.processes():
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue  # it ended by itself meanwhile
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(EXIT_DEADLINE_S)
+
+
+@dataclass
+class Workplace:
+    """A home folder and cache of its own, and the commands run there."""
+
+    folder: Path
+    launched: list[Launched] = field(default_factory=list)
+
+    @property
+    def home(self) -> Path:
+        return self.folder / "home"
+
+    @property
+    def cache(self) -> Path:
+        return self.folder / "cache"
+
+    def environment(self) -> dict[str, str]:
+        self.home.mkdir(exist_ok=True)
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        return kept | {
+            "HOME": str(self.home), "BUDGET_RL_CACHE": str(self.cache), "RAY_USAGE_STATS_ENABLED": "0",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONUNBUFFERED": "1",
+        }  # fmt: skip
+
+    def start(self, *arguments: str, extra: Mapping[str, str] | None = None) -> Launched:
+        """Start a command there."""
+        log = self.folder / f"command-{len(self.launched)}.log"
+        launched = Launched(arguments, self.environment() | dict(extra or {}), log)
+        self.launched.append(launched)
+        return launched
+
+    def budget_rl(self, *arguments: str) -> Launched:
+        """Start ``budget-rl ARGUMENTS`` there."""
+        return self.start(sys.executable, "-m", "launch", *arguments)
+
+    def train(self, output: Path, *overrides: str, config: str = "configs/quickstart.yaml") -> Launched:
+        """Start ``budget-rl train`` into the folder ``output``."""
+        return self.budget_rl("train", config, *overrides, f"output.dir={output}")
+
+    def end(self) -> None:
+        for launched in self.launched:
+            launched.end()
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a line file; empty while there is none."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def step_records(run: Path) -> list[dict[str, Any]]:
+    """The training steps in metrics.jsonl (evaluation reports left out)."""
+    return [record for record in records(run / "metrics.jsonl") if "train/accuracy" in record]
+
+
+def without_times(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A metrics line without what a clock measured."""
+    return {name: value for name, value in record.items() if not name.startswith(("time/", "rate/"))}
+
+
+def mlflow_run(run: Path) -> Any:
+    """The MLflow run that a run folder belongs to, from the local store beside it."""
+    from mlflow.tracking import MlflowClient
+
+    known = json.loads((run / "mlflow-run.json").read_text())
+    return MlflowClient(tracking_uri=known["store"]).get_run(known["run_id"])
+
+
+def _mark_of(process: psutil.Process) -> str | None:
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        return process.environ().get(MARK)
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return None
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
