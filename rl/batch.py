@@ -125,9 +125,15 @@ def pad_rows(batch: TrainBatch, index: Sequence[int]) -> MicroBatch:
     if not index:
         one = torch.zeros(1, dtype=torch.int64)
         return MicroBatch(
-            token_BS=torch.zeros((1, 2), dtype=torch.int64), position_T=one, target_T=one, source_T=one,
-            mask_T=torch.zeros(1, dtype=torch.bool), advantage_T=torch.zeros(1),
-            sampled_logp_T=torch.full((1,), float("nan")), temperature_T=torch.ones(1), padding=2,
+            token_BS=torch.zeros((1, 2), dtype=torch.int64),
+            position_T=one,
+            target_T=one,
+            source_T=one,
+            mask_T=torch.zeros(1, dtype=torch.bool),
+            advantage_T=torch.zeros(1),
+            sampled_logp_T=torch.full((1,), float("nan")),
+            temperature_T=torch.ones(1),
+            padding=2,
         )
     starts, ends = batch.start_N[:-1].tolist(), batch.start_N[1:].tolist()
     width = max(ends[i] - starts[i] for i in index)

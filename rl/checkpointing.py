@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from rl.cluster import Workforce
@@ -17,14 +19,29 @@ from rl.waiting import wait_for
 log = logging.getLogger("budget_rl")
 
 
-def save_checkpoint(workforce: Workforce, folder: RunFolder, model: Path, settings: Settings, *, step: int, cursor: int,
-                    tokens_seen: int, minutes_spent: float, run_id: str | None) -> Path:
-    """Write the state after ``step`` finished steps; the folder appears only when every byte is on disk."""
+def save_checkpoint(
+    workforce: Workforce,
+    folder: RunFolder,
+    model: Path,
+    settings: Settings,
+    *,
+    step: int,
+    cursor: int,
+    tokens_seen: int,
+    minutes_spent: float,
+    run_id: str | None,
+    evaluation: Mapping[str, float],
+) -> Path:
+    """Write the state after ``step`` finished steps; the folder appears only when every byte is on disk.
+
+    ``evaluation`` holds the held-out figures measured at this step, if any, for the model card of an export.
+    """
     partial = begin(folder.checkpoints, step)
     refs = workforce.learners.save(str(partial))
     answers = wait_for(refs, seconds=settings.learner.deadline_s, what=f"learner writes checkpoint {step}")
     checksum = next(answer.checksum for answer in answers if answer is not None)
     copy_tokenizer(model, partial / "model")
+    (partial / "state.json").write_text(json.dumps({"metrics": dict(evaluation)}, indent=2) + "\n", encoding="utf-8")
     done = commit(
         partial,
         Manifest(
@@ -53,7 +70,9 @@ def find_resume(settings: Settings, folder: RunFolder) -> tuple[Path, Manifest] 
     else:
         path = Path(settings.resume).expanduser().resolve()
         if not path.is_dir():
-            raise ConfigError(f"resume={settings.resume}: there is no such checkpoint folder", fix="use auto, never or a checkpoint")
+            raise ConfigError(
+                f"resume={settings.resume}: there is no such checkpoint folder", fix="use auto, never or a checkpoint"
+            )
     manifest = read_manifest(path)
     check_resumable(manifest, settings.model_dump(mode="json"))
     # DeepSpeed unpickles its files, so nothing is loaded that is not exactly what we wrote.

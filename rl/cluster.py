@@ -26,7 +26,7 @@ def connect() -> dict[str, float]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # The driver computes nothing; unnamed, DeepSpeed would look for an accelerator when imported and say on the console what it found.
+    # The driver computes nothing; unnamed, DeepSpeed would look for an accelerator and say on the console what it found.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import ray
 
@@ -192,4 +192,4 @@ def live_actor_classes() -> list[str]:
     """Class names of all actors alive in the cluster, sorted; what a test reads to see that every part is real."""
     from ray.util.state import list_actors
 
-    return sorted(actor.class_name for actor in list_actors(filters=[("state", "=", "ALIVE")], limit=1000))
+    return sorted(str(vars(actor)["class_name"]) for actor in list_actors(filters=[("state", "=", "ALIVE")], limit=1000))

@@ -251,7 +251,9 @@ def redirect_library_chatter(log_path: Path) -> None:
     """
     # Read when these libraries are imported; a user's own choice stays.
     os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")
-    if "transformers" in sys.modules:  # its bars for reading and writing weights are no logging; this module is too light to import it
+    if (
+        "transformers" in sys.modules
+    ):  # its bars for reading and writing weights are no logging; this module is too light to import it
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()

@@ -102,11 +102,20 @@ class _Ticket:
     scored: Scored | None = None
 
 
-def make_leases(prompts: Sequence[Prompt], budgets: Sequence[Budget], prefills: Sequence[Sequence[tuple[int, ...]]], *,
-                step: int, run_seed: int, shaping: Shaping, max_length: int, min_version: int) -> tuple[Lease, ...]:
+def make_leases(
+    prompts: Sequence[Prompt],
+    budgets: Sequence[Budget],
+    prefills: Sequence[Sequence[tuple[int, ...]]],
+    *,
+    step: int,
+    run_seed: int,
+    shaping: Shaping,
+    max_length: int,
+    min_version: int,
+) -> tuple[Lease, ...]:
     """One lease per prompt and member. ``prefills[p][m]`` opens the response of member m of prompt p.
 
-    A lease's seed depends on run seed, step, prompt (and its place in the step) and member, so which worker runs it changes nothing.
+    A lease's seed depends on run seed, step, prompt (and its place in the step) and member, never on the worker.
     """
     leases = []
     for p, prompt in enumerate(prompts):

@@ -100,7 +100,7 @@ def build_tiny(folder: Path, settings: WarmStartSettings) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = LlamaForCausalLM(config)
-    _spell_values(model.get_input_embeddings().weight.data)
+    _spell_values(model.model.embed_tokens.weight.data)
     model.generation_config = GenerationConfig(
         bos_token_id=None, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, do_sample=True
     )

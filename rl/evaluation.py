@@ -43,8 +43,15 @@ class EvalResult:
         return {f"{root}/accuracy": self.accuracy, f"{root}/tokens": self.tokens, f"{root}/truncated": self.truncated}
 
 
-def evaluate(collector: Collector, plan: BudgetPlan, prompts: Sequence[Prompt], settings: Settings, *, version: int,
-             stop: StopFlag | None = None) -> list[EvalResult]:
+def evaluate(
+    collector: Collector,
+    plan: BudgetPlan,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    *,
+    version: int,
+    stop: StopFlag | None = None,
+) -> list[EvalResult]:
     """Sample ``eval.samples`` answers to each held-out prompt, without a budget and, if asked, under each budget.
 
     Seeds do not depend on the model, so evaluations before and after training share their random numbers.
@@ -56,8 +63,14 @@ def evaluate(collector: Collector, plan: BudgetPlan, prompts: Sequence[Prompt], 
         members = [budget] * settings.eval.samples
         prefills = [[plan.prefill_ids(budget, prompt.token_ids)] * settings.eval.samples for prompt in prompts]
         leases = make_leases(
-            prompts, members, prefills, step=EVAL_STEP, run_seed=settings.data.seed,
-            shaping=Shaping(temperature=settings.eval.temperature), max_length=settings.rollout.max_length, min_version=version,
+            prompts,
+            members,
+            prefills,
+            step=EVAL_STEP,
+            run_seed=settings.data.seed,
+            shaping=Shaping(temperature=settings.eval.temperature),
+            max_length=settings.rollout.max_length,
+            min_version=version,
         )
         collected = collector.collect(leases, top_p=settings.eval.top_p, stop=stop)
         members_scored = [m for group in collected.groups for m in group.members]
@@ -115,9 +128,18 @@ def run_evaluation(settings: Settings, *, target: Path) -> int:
     finally:
         workforce.close()
         disconnect()
-    table = Table("budget", "accuracy", "tokens", "cut", "unscored", title=f"{target}: {len(prompts)} held-out problems x {settings.eval.samples}")
+    table = Table(
+        "budget",
+        "accuracy",
+        "tokens",
+        "cut",
+        "unscored",
+        title=f"{target}: {len(prompts)} held-out problems x {settings.eval.samples}",
+    )
     for result in results:
-        table.add_row(result.label, f"{result.accuracy:.3f}", f"{result.tokens:.1f}", f"{result.truncated:.1%}", str(result.unscored))
+        table.add_row(
+            result.label, f"{result.accuracy:.3f}", f"{result.tokens:.1f}", f"{result.truncated:.1%}", str(result.unscored)
+        )
     Console().print(table)
     if dropped:
         print(f"{dropped} problems were longer than data.max_prompt_length={settings.data.max_prompt_length} and left out")

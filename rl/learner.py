@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,9 @@ def deepspeed_config(settings: LearnerSettings, *, dtype: str) -> dict[str, Any]
 class Learner:
     """Policy, optimiser and (when KL is on) frozen reference of one rank; torch.distributed must be initialised."""
 
-    def __init__(self, folder: Path, settings: LearnerSettings, loss: LossSettings, *, dtype: str, trust_remote_code: bool = False):
+    def __init__(
+        self, folder: Path, settings: LearnerSettings, loss: LossSettings, *, dtype: str, trust_remote_code: bool = False
+    ) -> None:
         import deepspeed
 
         self.settings, self.loss_settings = settings, loss
@@ -90,8 +93,16 @@ class Learner:
 
     # -- updates ---------------------------------------------------------------------------------------------------------
 
-    def update(self, batch: TrainBatch, *, objective: str, global_tokens: list[int], total_updates: int | None,
-               correction: str = "none", correction_cap: float = 2.0) -> dict[str, float]:
+    def update(
+        self,
+        batch: TrainBatch,
+        *,
+        objective: str,
+        global_tokens: list[int],
+        total_updates: int | None,
+        correction: str = "none",
+        correction_cap: float = 2.0,
+    ) -> dict[str, float]:
         """One or more optimiser steps on this rank's share of a step's rollouts.
 
         ``global_tokens[m]`` is the number of loss tokens of mini-batch ``m`` over all ranks; ``objective`` is ``policy``
@@ -115,15 +126,21 @@ class Learner:
                 self._optimiser_step(totals, total_updates)
         return totals
 
-    def _minibatch(self, batch: TrainBatch, old: dict[str, torch.Tensor] | None, objective: str, global_tokens: int,
-                   totals: dict[str, float], correction: str, correction_cap: float) -> None:
+    def _minibatch(
+        self,
+        batch: TrainBatch,
+        old: dict[str, torch.Tensor] | None,
+        objective: str,
+        global_tokens: int,
+        totals: dict[str, float],
+        correction: str,
+        correction_cap: float,
+    ) -> None:
         plan = self._equal_plan(batch)
         for number, index in enumerate(plan):
             micro = self._move(pad_rows(batch, index))
             self.engine.set_gradient_accumulation_boundary(number == len(plan) - 1)
-            shaped, _, raw, raw_entropy = self.engine(
-                micro.token_BS, micro.position_T, micro.target_T, _temperatures(micro)
-            )
+            shaped, _, raw, raw_entropy = self.engine(micro.token_BS, micro.position_T, micro.target_T, _temperatures(micro))
             if objective == "likelihood":
                 loss = -(raw * micro.mask_T).sum()
                 _add(totals, "sum/loss", float(loss.detach()))
@@ -135,8 +152,16 @@ class Learner:
             _add(totals, "sum/grid", micro.token_BS.numel())
             self.engine.backward(loss * (self.world_size / max(global_tokens, 1)), scale_wrt_gas=False)
 
-    def _policy_objective(self, micro: MicroBatch, old: dict[str, torch.Tensor] | None, shaped: torch.Tensor, raw: torch.Tensor,
-                          totals: dict[str, float], correction: str, correction_cap: float) -> torch.Tensor:
+    def _policy_objective(
+        self,
+        micro: MicroBatch,
+        old: dict[str, torch.Tensor] | None,
+        shaped: torch.Tensor,
+        raw: torch.Tensor,
+        totals: dict[str, float],
+        correction: str,
+        correction_cap: float,
+    ) -> torch.Tensor:
         if old is None:
             old_raw, old_shaped = raw.detach(), shaped.detach()
             _mismatch(totals, old_shaped, micro)
@@ -149,8 +174,14 @@ class Learner:
             _add(totals, "sum/correction_weight", float((weight_T * micro.mask_T).sum()))
         settings = self.loss_settings
         result = policy_loss(
-            new_T, old_T, micro.advantage_T, micro.mask_T, clip_low=settings.clip_low, clip_high=settings.clip_high,
-            dual_clip=settings.dual_clip, weight_T=weight_T,
+            new_T,
+            old_T,
+            micro.advantage_T,
+            micro.mask_T,
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            dual_clip=settings.dual_clip,
+            weight_T=weight_T,
         )
         loss = result.loss
         _add(totals, "sum/loss", float(loss.detach()))
@@ -214,8 +245,8 @@ class Learner:
     def _move(self, micro: MicroBatch) -> MicroBatch:
         if self.device.type == "cpu":
             return micro
-        moved = {k: v.to(self.device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in vars(micro).items()}
-        return MicroBatch(**moved)
+        tensors = {name: value.to(self.device) for name, value in vars(micro).items() if isinstance(value, torch.Tensor)}
+        return replace(micro, **tensors)
 
     # -- weights and state -----------------------------------------------------------------------------------------------
 

@@ -16,16 +16,17 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from tensordict import TensorDict
 from verl import DataProto
 from verl.single_controller.base import Worker
-from verl.single_controller.base.decorator import Dispatch, register
+from verl.single_controller.base.decorator import Dispatch as _Dispatch
+from verl.single_controller.base.decorator import register
 from verl.single_controller.ray import RayWorkerGroup
 from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 
-from rl.batch import select_rollouts
 from rl.settings import LearnerSettings, LossSettings
 from rl.types import TrainBatch, WeightVersion
 from rl.waiting import wait_for
 from rollout.weights import WeightBundle, bundle_weights
 
+Dispatch: Any = _Dispatch  # its members are registered at run time, which a type checker cannot see
 RENDEZVOUS_S = 120.0
 """A task that only names an address; the time is for a process to start on a busy node."""
 TOKEN_COLUMNS = ("token_T", "loss_mask_T", "advantage_T", "sampled_logp_T")
@@ -41,6 +42,7 @@ def to_data_proto(batch: TrainBatch, ranks: int) -> DataProto:
     per_rank: list[list[int]] = [[] for _ in range(ranks)]
     for m in sorted(set(batch.minibatch_N.tolist())):
         members = [i for i, owner in enumerate(batch.minibatch_N.tolist()) if owner == m]
+        shares: Any
         if len(members) < ranks:
             shares = [[j] for j in range(len(members))] + [[] for _ in range(ranks - len(members))]
         else:
@@ -144,7 +146,11 @@ class LearnerWorker(Worker):
 
             address = ray.util.get_node_ip_address().strip("[]")
             self.transfer = open_push(
-                self.learner, engines, rank=self.rank, ranks_per_engine=ranks_per_engine, address=address,
+                self.learner,
+                engines,
+                rank=self.rank,
+                ranks_per_engine=ranks_per_engine,
+                address=address,
                 seconds=self.settings.deadline_s,
             )
         self.transfer.client.version = number

@@ -35,7 +35,15 @@ _FREE_SECTIONS = frozenset(("output", "tracking", "eval"))
 _MAY_CHANGE = {
     "": {"max_steps", "max_tokens", "max_minutes", "resume", "allow_idle"},
     "rollout": {
-        *("workers", "cpus_per_worker", "gpus_per_worker", "threads_per_worker", "tensor_parallel", "max_concurrent", "enforce_eager"),
+        *(
+            "workers",
+            "cpus_per_worker",
+            "gpus_per_worker",
+            "threads_per_worker",
+            "tensor_parallel",
+            "max_concurrent",
+            "enforce_eager",
+        ),
         *("kv_cache_gb", "gpu_memory_fraction", "deadline_s", "start_deadline_s", "weight_transport"),
     },
     "reward": {"workers", "cpus_per_worker", "processes", "grade_deadline_s", "max_unscored"},

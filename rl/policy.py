@@ -32,9 +32,10 @@ class LogProbHead(nn.Module):
         if temperature_T is None:
             logp_T, entropy_T = linear_logprob_entropy(hidden_TH, self.weight, target_T, **options)
             return logp_T, entropy_T, logp_T, entropy_T
-        return linear_logprob_entropy(
+        logp_T, entropy_T, raw_logp_T, raw_entropy_T = linear_logprob_entropy(
             hidden_TH, self.weight, target_T, temperature_T=temperature_T, return_raw=True, **options
         )
+        return logp_T, entropy_T, raw_logp_T, raw_entropy_T
 
 
 class PolicyModel(nn.Module):
@@ -64,7 +65,9 @@ class PolicyModel(nn.Module):
         return self.head(hidden_TH, target_T, temperature_T)
 
 
-def load_policy(folder: Path, *, dtype: str, trust_remote_code: bool = False, gradient_checkpointing: bool = False) -> PolicyModel:
+def load_policy(
+    folder: Path, *, dtype: str, trust_remote_code: bool = False, gradient_checkpointing: bool = False
+) -> PolicyModel:
     """Load a local Hugging Face folder in ``dtype`` (float32 or bfloat16)."""
     from transformers import AutoModelForCausalLM
 

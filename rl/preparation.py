@@ -65,11 +65,16 @@ def prepare_run(settings: Settings, inputs: Inputs, console: Console, stop: Stop
     prompts, dropped = encoder.encode_all(problems.train)
     held_out, dropped_held_out = encoder.encode_all(problems.held_out)
     if dropped or dropped_held_out:
-        log.warning("%d of %d prompts and %d held-out problems are longer than data.max_prompt_length=%d and were dropped",
-                    dropped, len(problems.train), dropped_held_out, settings.data.max_prompt_length)
+        log.warning(
+            "%d of %d prompts and %d held-out problems are longer than data.max_prompt_length=%d and were dropped",
+            dropped,
+            len(problems.train),
+            dropped_held_out,
+            settings.data.max_prompt_length,
+        )
     if len(prompts) < settings.prompts_per_step or not held_out:
         raise DataError(
-            f"{len(prompts)} prompts and {len(held_out)} held-out problems are left, and a step needs {settings.prompts_per_step}",
+            f"{len(prompts)} prompts and {len(held_out)} held-out problems are left; a step needs {settings.prompts_per_step}",
             fix="raise data.size or data.max_prompt_length, or lower prompts_per_step or data.held_out",
         )
     return Prepared(
@@ -95,7 +100,8 @@ def warm_started(settings: Settings, problems: Problems, console: Console, stop:
         console.say(f"warm start: cached in {target}")
         return target
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="budget-rl-blank-") as scratch:
+    target.parent.mkdir(parents=True, exist_ok=True)  # the cache: a folder that the learners' nodes may share, unlike /tmp
+    with tempfile.TemporaryDirectory(prefix="blank-", dir=target.parent) as scratch:
         blank = Path(scratch)
         build_tiny(blank, warm)
         tokenizer = load_tokenizer(settings.model.model_copy(update={"path": str(blank)}))

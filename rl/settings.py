@@ -72,7 +72,7 @@ class RolloutSettings(Section):
     """Ray CPUs per engine; on a laptop fractions let all actors fit, e.g. 0.5."""
     gpus_per_worker: float = Field(default=0.0, ge=0)
     threads_per_worker: int = Field(default=0, ge=0)
-    """CPU threads of one engine; 0 takes all cores divided by the workers. Engines and learner take turns, so both may have all."""
+    """CPU threads of one engine; 0 takes all cores divided by the workers. Engines and learner take turns."""
     samples_per_prompt: int = Field(default=16, ge=1)
     """Rollouts per prompt, all budgets together (HBPO: 16)."""
     budgets: list[BudgetChoice] = Field(default_factory=lambda: ["free"])
@@ -109,7 +109,7 @@ class RolloutSettings(Section):
     def _increasing(cls, budgets: list[int | str]) -> list[int | str]:
         if not budgets:
             raise ValueError("rollout.budgets is empty; write [free] for rollouts without a budget")
-        numbers = [b for b in budgets if b != "free"]
+        numbers = [b for b in budgets if isinstance(b, int)]
         if budgets.count("free") > 1 or ("free" in budgets and budgets[-1] != "free"):
             raise ValueError(f"rollout.budgets {budgets}: put `free` once, at the end")
         if any(a >= b for a, b in zip(numbers, numbers[1:], strict=False)):

@@ -65,15 +65,30 @@ def warm_start_learner(settings: Settings) -> Settings:
     warm = settings.warm_start
     assert warm is not None
     learner = LearnerSettings(
-        ranks=1, cpus_per_rank=settings.learner.cpus_per_rank, gpus_per_rank=settings.learner.gpus_per_rank, zero_stage=1,
-        lr=warm.lr, lr_schedule="cosine", warmup_steps=warm.warmup_steps, weight_decay=0.0, betas=(0.9, 0.98),
-        tokens_per_microbatch=settings.learner.tokens_per_microbatch, deadline_s=settings.learner.deadline_s,
+        ranks=1,
+        cpus_per_rank=settings.learner.cpus_per_rank,
+        gpus_per_rank=settings.learner.gpus_per_rank,
+        zero_stage=1,
+        lr=warm.lr,
+        lr_schedule="cosine",
+        warmup_steps=warm.warmup_steps,
+        weight_decay=0.0,
+        betas=(0.9, 0.98),
+        tokens_per_microbatch=settings.learner.tokens_per_microbatch,
+        deadline_s=settings.learner.deadline_s,
     )
     return settings.model_copy(update={"learner": learner, "loss": LossSettings(kl_coef=0.0)})
 
 
-def train_warm_start(settings: Settings, traces: Sequence[Trace], blank: Path, target: Path, *,
-                     advance: Callable[[int], None], stop: StopFlag | None = None) -> float:
+def train_warm_start(
+    settings: Settings,
+    traces: Sequence[Trace],
+    blank: Path,
+    target: Path,
+    *,
+    advance: Callable[[int], None],
+    stop: StopFlag | None = None,
+) -> float:
     """Train the blank model on the traces and write it to ``target``; returns the mean loss of the last tenth (nats/token).
 
     ``advance(n)`` is told of every n finished optimiser steps. The target folder appears only when complete.
@@ -128,7 +143,9 @@ def _batches(count: int, batch_size: int, epochs: int, seed: int) -> list[list[i
     return batches
 
 
-def _update(workforce: Workforce, batch: TrainBatch, minibatches: int, *, total_updates: int, stop: StopFlag | None) -> dict[str, Any]:
+def _update(
+    workforce: Workforce, batch: TrainBatch, minibatches: int, *, total_updates: int, stop: StopFlag | None
+) -> dict[str, Any]:
     data = to_data_proto(batch, 1)
     per_minibatch = [0] * minibatches
     for i, owner in enumerate(batch.minibatch_N.tolist()):

@@ -18,7 +18,10 @@ class RolloutActor:
     ) -> None:
         self.settings = settings
         self.options: dict[str, Any] = {
-            "dtype": dtype, "max_prompt_length": max_prompt_length, "seed": seed, "trust_remote_code": trust_remote_code,
+            "dtype": dtype,
+            "max_prompt_length": max_prompt_length,
+            "seed": seed,
+            "trust_remote_code": trust_remote_code,
         }
         self.engine: Any = None
 
@@ -27,7 +30,7 @@ class RolloutActor:
         from rollout.engine import Engine
 
         self.engine = Engine(Path(folder), self.settings, **self.options)
-        return len(self.engine.expected_names)
+        return len(self.engine.expected_shapes)
 
     def set_weights(self, bundle: WeightBundle) -> WeightVersion:
         """See Engine.set_weights; Ray hands the bundle over from the object store without a copy."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from rl.settings import RolloutSettings
 from rl.types import FinishReason, Lease, Rollout, WeightVersion
-from rollout.weights import INBOX, WeightBundle, WeightError, register_transfer, require_complete
+from rollout.weights import INBOX, WeightBundle, WeightError, register_transfer, require_same_model
 
 log = logging.getLogger("budget_rl.rollout")
 
@@ -22,20 +22,20 @@ ENGINE_ENVIRONMENT = {
 }
 
 
-def checkpoint_names(folder: Path) -> frozenset[str]:
-    """Names of all weights an engine loads from a Hugging Face folder; a tied head counts although files leave it out."""
+def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights an engine loads from a Hugging Face folder; a tied head counts as well."""
     from safetensors import safe_open
 
-    names: set[str] = set()
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as handle:
-            names |= set(handle.keys())
-    if not names:
+            shapes |= {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+    if not shapes:
         raise WeightError(f"{folder} holds no safetensors file; convert the model with transformers' save_pretrained")
     config = json.loads((folder / "config.json").read_text())
-    if config.get("tie_word_embeddings") and "model.embed_tokens.weight" in names:
-        names.add("lm_head.weight")
-    return frozenset(names)
+    if config.get("tie_word_embeddings") and "model.embed_tokens.weight" in shapes:
+        shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
+    return shapes
 
 
 def end_of_sequence_ids(folder: Path) -> list[int]:
@@ -51,8 +51,16 @@ def end_of_sequence_ids(folder: Path) -> list[int]:
 class Engine:
     """A vLLM engine that serves one model folder with the run's sampling settings."""
 
-    def __init__(self, folder: Path, settings: RolloutSettings, *, dtype: str, max_prompt_length: int, seed: int,
-                 trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: RolloutSettings,
+        *,
+        dtype: str,
+        max_prompt_length: int,
+        seed: int,
+        trust_remote_code: bool = False,
+    ) -> None:
         for name, value in ENGINE_ENVIRONMENT.items():
             os.environ[name] = value
         if settings.tensor_parallel == 1:
@@ -72,13 +80,14 @@ class Engine:
             if on_gpu
             else {"kv_cache_memory_bytes": int(settings.kv_cache_gb * 2**30)}
         )
-        self.expected_names = checkpoint_names(folder)
+        self.expected_shapes = checkpoint_shapes(folder)
+        self.broken = ""
         self.stop_ids = end_of_sequence_ids(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         self.version = WeightVersion(0, "")
         self.llm = LLM(
             model=str(folder),
-            dtype=dtype,
+            dtype=dtype,  # pyright: ignore[reportArgumentType]
             seed=seed,
             enforce_eager=eager,
             max_model_len=max_prompt_length + settings.max_length,
@@ -99,18 +108,26 @@ class Engine:
 
     def set_weights(self, bundle: WeightBundle) -> WeightVersion:
         """Serve the bundle from the next request on; raises WeightError (and keeps the old weights) when it is not sound."""
+        self._require_whole()
         bundle.verify()
-        if bundle.version.number < self.version.number:
-            raise WeightError(f"push of v{bundle.version.number} after v{self.version.number}: versions only grow")
-        require_complete((entry.name for entry in bundle.entries), self.expected_names)
-        INBOX[bundle.version.number] = bundle
-        self.llm.start_weight_update()
-        self.llm.update_weights({"update_info": {"number": bundle.version.number}})
-        return self.commit(bundle.version)
+        new, old = bundle.version, self.version
+        if new.number < old.number or (new.number == old.number and old.checksum not in ("", new.checksum)):
+            raise WeightError(f"push of v{new.number} ({new.checksum[:12]}) after v{old.number}: versions only grow")
+        require_same_model({entry.name: entry.shape for entry in bundle.entries}, self.expected_shapes)
+        self.broken = f"it did not finish loading weights v{new.number}"  # until commit
+        INBOX[new.number] = bundle
+        try:
+            self.llm.start_weight_update()
+            self.llm.update_weights({"update_info": {"number": new.number}})
+        finally:
+            INBOX.pop(new.number, None)
+        return self.commit(new)
 
     def receive(self, update_info: dict[str, Any]) -> None:
-        """Take the weights of an open NCCL push; raises WeightError before any transfer when names are missing."""
-        require_complete(update_info["names"], self.expected_names)
+        """Take the weights of an open NCCL push; raises WeightError before any transfer when it is not of this engine's model."""
+        shapes = {name: tuple(shape) for name, shape in zip(update_info["names"], update_info["shapes"], strict=True)}
+        require_same_model(shapes, self.expected_shapes)
+        self.broken = "it did not finish an NCCL push"  # until commit
         self.llm.update_weights({"update_info": update_info})
 
     def commit(self, version: WeightVersion) -> WeightVersion:
@@ -122,13 +139,20 @@ class Engine:
         served = self.llm.get_weight_version()
         if served != str(version.number):
             raise WeightError(f"the engine says it serves v{served} after a push of v{version.number}")
-        self.version = version
+        self.version, self.broken = version, ""
         return self.version
+
+    def _require_whole(self) -> None:
+        if self.broken:
+            raise WeightError(
+                f"this engine can no longer be used, {self.broken}: its layers are of two versions; start a new one"
+            )
 
     def generate(self, leases: Sequence[Lease], *, top_p: float = 1.0) -> list[Rollout]:
         """Sample one rollout per lease, in the order given; ``top_p`` below 1 is for evaluation only."""
         from vllm import SamplingParams, TokensPrompt
 
+        self._require_whole()
         stale = [lease.ticket for lease in leases if lease.min_version > self.version.number]
         if stale:
             raise WeightError(f"lease {stale[0]} asks for newer weights than the v{self.version.number} this engine has")

@@ -7,7 +7,7 @@ process; vLLM then loads it with its layerwise reload, exactly as it does for it
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +104,20 @@ def require_complete(pushed: Iterable[str], expected: frozenset[str]) -> None:
         )
 
 
+def require_same_model(pushed: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise WeightError unless the push (name -> shape) covers the weights loaded at start, each in the same shape.
+
+    Asked before the transfer: vLLM itself would stop half-way through the load, with layers of two versions.
+    """
+    require_complete(pushed, frozenset(expected))
+    for name, shape in pushed.items():
+        if name in expected and shape != expected[name]:
+            raise WeightError(
+                f"the push has {name!r} of shape {shape}, the engine has {expected[name]}: these are weights of another model; "
+                f"start the engines on the folder that the learner was started on"
+            )
+
+
 def register_transfer() -> None:
     """Make `object_store` known to vLLM's weight-transfer factory (idempotent)."""
     from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
@@ -141,7 +155,8 @@ def register_transfer() -> None:
             self.receive_weights(self.parse_update_info(update_info))
 
         def receive_weights(self, update_info: UpdateInfo) -> None:
-            self.model.load_weights(INBOX.pop(update_info.number).tensors())
+            load: Any = self.model.load_weights
+            load(INBOX.pop(update_info.number).tensors())
 
         def finish_weight_update(self) -> None:
             from vllm.model_executor.model_loader.reload import finalize_layerwise_reload

@@ -131,7 +131,7 @@ def run_logged(command: Sequence[str], *, log: Path, deadline_s: float, environm
             code = process.wait(timeout=deadline_s)
         except subprocess.TimeoutExpired:
             _stop(process)
-            raise BenchmarkError(f"{_shown(command)} was not done after {deadline_s:.0f} s; it ended with:\n{tail(log)}") from None
+            raise BenchmarkError(f"{_shown(command)} was not done after {deadline_s:.0f} s; its end:\n{tail(log)}") from None
         except BaseException:
             _stop(process)
             raise

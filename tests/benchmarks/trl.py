@@ -79,14 +79,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _check_environment() -> None:
     if not TRL_PYTHON.exists():
-        raise BenchmarkError("TRL's own environment .venv-trl is not there", fix="bash .ci/install trl (or make bench-trl, which does it)")
+        raise BenchmarkError("there is no .venv-trl, TRL's own environment", fix="bash .ci/install trl, or make bench-trl, which does it")
 
 
 def keep_to_cores(threads: int) -> None:
     """Pin this process, and with it everything it starts, to as many cores as either side has threads."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < threads:
-        raise BenchmarkError(f"{threads} threads were asked for and {len(cores)} cores are free to use", fix=f"--threads {len(cores)}")
+        raise BenchmarkError(f"{threads} threads were asked for, {len(cores)} cores may be used", fix=f"--threads {len(cores)}")
     os.sched_setaffinity(0, cores[:threads])
 
 
@@ -101,7 +101,7 @@ def compare(model: str, options: argparse.Namespace) -> dict[str, Any]:
         costs: dict[Variant, list[StepCost]] = {}
         for number in range(options.rounds):
             for variant in choose_variants(model, options.dtype):
-                print(f"{model}: round {number + 1} of {options.rounds}, {variant.side} {variant.dtype}, {steps} steps", flush=True)
+                print(f"{model} {number + 1}/{options.rounds}: {variant.side} {variant.dtype}, {steps} steps", flush=True)
                 folder = fresh_folder(root / f"{number}-{variant.side}-{variant.dtype}")
                 run = measure_ours if variant.side == "ours" else measure_trl
                 extra: dict[str, Any] = {"engines": engines} if variant.side == "ours" else {"prompts": prompts}
@@ -241,7 +241,7 @@ def summarise(work: Workload, costs: dict[Variant, list[StepCost]]) -> dict[str,
     }
 
 
-def median_cost(steps: Sequence[StepCost]) -> dict[str, float | int | None]:
+def median_cost(steps: Sequence[StepCost]) -> dict[str, Any]:
     """Medians over steps, each figure by itself; the log-prob gap is the largest."""
     names = ("step_s", "generate_s", "score_s", "learn_s", "sync_s", "tokens", "accuracy")
     medians: dict[str, Any] = {name: statistics.median(getattr(step, name) for step in steps) for name in names}
@@ -255,22 +255,27 @@ def median_cost(steps: Sequence[StepCost]) -> dict[str, float | int | None]:
 
 def show(work: Workload, result: dict[str, Any]) -> None:
     """The table and a line for every ratio."""
-    title = f"{work.name}: {work.rollouts} rollouts of <= {work.cap} tokens, {work.threads} threads, medians after {WARM_UP} warm-up steps"
-    columns = ("side", "steps", "step s", "generate", "score", "learn", "sync", "tokens", "s/1000 tokens", "padding", "gap", "acc")
+    title = f"{work.name}: {work.rollouts} rollouts of <= {work.cap} tokens, {work.threads} threads, medians of warm steps"
+    columns = ("side", "steps", "step s", "generate", "score", "learn", "sync", "tokens", "s/1000 tok", "padding", "gap", "acc")
     table = Table(*columns, title=title, title_justify="left")
     for name, m in result["variants"].items():
         times = [f"{m[key]:.2f}" for key in ("step_s", "generate_s", "score_s", "learn_s", "sync_s")]
-        optional = ["-" if m["padding"] is None else f"{m['padding']:.1%}", "-" if m["mismatch"] is None else f"{m['mismatch']:.1e}"]
-        table.add_row(
-            name, str(m["steps"]), *times, f"{m['tokens']:.0f}", f"{m['s_per_1000_tokens']:.3f}", *optional, f"{m['accuracy']:.2f}"
-        )
+        size = (f"{m['tokens']:.0f}", f"{m['s_per_1000_tokens']:.3f}")
+        optional = (format_or_dash(m["padding"], ".1%"), format_or_dash(m["mismatch"], ".1e"))
+        table.add_row(name, str(m["steps"]), *times, *size, *optional, f"{m['accuracy']:.2f}")
     Console(width=None if sys.stdout.isatty() else 130).print(table)
     for r in result["ratios"]:
-        verdict = "shown beside" if r["target"] is None else f"target {r['target']}x: {'met' if r['per_token'] >= r['target'] else 'MISSED'}"
+        outcome = "" if r["target"] is None else "met" if r["per_token"] >= r["target"] else "MISSED"
+        verdict = "shown beside" if r["target"] is None else f"target {r['target']}x: {outcome}"
         print(f"  ours {r['ours']} is {r['per_token']:.2f}x as fast as TRL {r['trl']} on equal tokens "
               f"({r['per_step']:.2f}x step for step); {verdict}")
     if not has_bfloat16(result) and work.name == "smollm2":
         print("  bfloat16 was not run (this CPU only emulates it, or --dtype float32)")
+
+
+def format_or_dash(value: float | None, style: str) -> str:
+    """The value as text, or a dash where a side does not report it."""
+    return "-" if value is None else format(value, style)
 
 
 def has_bfloat16(result: dict[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 class Stopwatch(TrainerCallback):
     """Splits a step at the reward function: what comes before it is generation, what comes after is learning.
 
-    GRPOTrainer generates inside the step, between `on_step_begin` and the reward function, and hands its own weights to itself, so
+    GRPOTrainer generates inside the step, between `on_step_begin` and the reward function, with the very weights that it trains:
     there is nothing to sync.
     """
 
@@ -66,7 +66,7 @@ def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     for row in rows:
         found = tokenizer(text=[row["prompt"]])["input_ids"][0]
         if list(found) != row["ids"]:
-            raise SystemExit(f"the two sides would not do the same work: {row['prompt']!r} is {found} here and {row['ids']} there")
+            raise SystemExit(f"the sides would not do the same work: {row['prompt']!r} is {found} here and {row['ids']} there")
     return Dataset.from_list([{"prompt": row["prompt"], "answer": row["answer"]} for row in rows])
 
 

@@ -24,8 +24,8 @@ RUN_DEADLINE_S = 240.0
 EXIT_DEADLINE_S = 30.0
 
 SMALL = (
-    "warm_start=null", "rollout.workers=1", "prompts_per_step=4", "rollout.samples_per_prompt=8", "data.size=512", "data.held_out=32",
-    "eval.problems=8", "eval.samples=1", "eval.before=false", "eval.after=false",
+    "warm_start=null", "rollout.workers=1", "prompts_per_step=4", "rollout.samples_per_prompt=8", "data.size=512",
+    "data.held_out=32", "eval.problems=8", "eval.samples=1", "eval.before=false", "eval.after=false",
 )  # fmt: skip
 """Overrides of configs/quickstart.yaml for runs on a model that is already warm."""
 
@@ -117,7 +117,7 @@ class Workplace:
 
     @property
     def cache(self) -> Path:
-        return self.folder / "cache"
+        return Path(os.environ.get("DEV_CACHE") or self.folder / "cache")  # DEV
 
     def environment(self) -> dict[str, str]:
         self.home.mkdir(exist_ok=True)

@@ -64,7 +64,9 @@ def refused(workplace: Workplace) -> Mapping[str, Refused]:
         ("no folder", ["in-the-way", "a file stands where the folder should be"]),
     ],
 )
-def test_a_mistake_is_one_clear_error_before_any_worker_starts(refused: Mapping[str, Refused], mistake: str, told: list[str]) -> None:
+def test_a_mistake_is_one_clear_error_before_any_worker_starts(
+    refused: Mapping[str, Refused], mistake: str, told: list[str]
+) -> None:
     case = refused[mistake]
     code = case.launched.wait(DEADLINE_S)
     text = case.launched.text

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.runs import SMALL
-from tests.e2e.runs import Launched, Workplace, step_records
+from tests.e2e.runs import SMALL, Launched, Workplace, step_records
 
 START_DEADLINE_S = 60.0
 ACTORS = {"RolloutActor", "RewardActor", "LearnerWorker"}

@@ -14,18 +14,19 @@ from tests.e2e.runs import ROOT, mlflow_run, records, step_records
 
 STEPS = 8
 EVERY_STEP = {
-    "train/accuracy", "train/tokens", "train/reward", "reward/budget", "reward/format", "adv/mean", "adv/std", "adv/nonzero_tokens",
-    "group/flat", "policy/loss", "policy/entropy", "policy/clip_fraction", "policy/dual_clip_fraction", "policy/approx_kl",
-    "learn/grad_norm", "learn/lr", "learn/skipped", "learn/padding", "mismatch/max", "mismatch/mean", "time/generate", "time/score",
-    "time/learn", "time/sync", "time/step", "rate/tokens_per_s", "tokens/total", "prompts/dropped",
+    "train/accuracy", "train/tokens", "train/reward", "reward/budget", "reward/format", "group/flat",
+    "adv/mean", "adv/std", "adv/nonzero_tokens", "policy/loss", "policy/entropy", "policy/approx_kl",
+    "policy/clip_fraction", "policy/dual_clip_fraction", "learn/grad_norm", "learn/lr", "learn/skipped", "learn/padding",
+    "mismatch/max", "mismatch/mean", "time/generate", "time/score", "time/learn", "time/sync", "time/step",
+    "rate/tokens_per_s", "tokens/total", "prompts/dropped",
 }  # fmt: skip
 SAMPLE_FIELDS = {
     "step", "ticket", "prompt", "gold", "answer", "budget", "length", "verdict", "extracted", "reward", "advantage", "finish",
 }  # fmt: skip
 OWN_LINES = (
-    r"output   ", r"version  ", r"model    ", r"data     ", r"method   ", r"warm start", r"step \d+: held-out accuracy", r" +step +acc",
-    r" +\d+ [01]\.\d{3} ", r" *after step 1", r" *share of ", r" *─+", r" *answers cut ", r" *groups with ", r" *prompts dropped ",
-    r" *tokens with ", r"held-out, no budget: ", r"curves ", r"$",
+    r"output   ", r"version  ", r"model    ", r"data     ", r"method   ", r"warm start", r"step \d+: held-out accuracy",
+    r" +step +acc", r" +\d+ [01]\.\d{3} ", r" *after step 1", r" *share of ", r" *─+", r" *answers cut ", r" *groups with ",
+    r" *prompts dropped ", r" *tokens with ", r"held-out, no budget: ", r"curves ", r"$",
 )  # fmt: skip
 """How every line starts that the product itself prints off a terminal."""
 
@@ -49,7 +50,8 @@ def test_every_part_of_the_loop_is_a_process_of_its_own(run: Finished) -> None:
 
 def test_the_run_folder_holds_all_that_its_layout_promises(run: Finished) -> None:
     names = {path.name for path in run.folder.iterdir()}
-    assert {"config.yaml", "metrics.jsonl", "samples.jsonl", "run.log", "table.md", "curves.png", "checkpoints", "mlflow-run.json"} <= names
+    assert {"config.yaml", "metrics.jsonl", "samples.jsonl", "run.log", "mlflow-run.json"} <= names
+    assert {"table.md", "curves.png", "checkpoints"} <= names
     assert "mlflow-spool.jsonl" not in names
     assert (run.folder / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert len((run.folder / "table.md").read_text().splitlines()) > STEPS
@@ -92,8 +94,8 @@ def test_samples_show_prompt_answer_budget_verdict_reward_and_advantage(run: Fin
     assert {sample["step"] for sample in samples} == set(range(1, STEPS + 1))
     for sample in samples:
         assert sample.keys() == SAMPLE_FIELDS
-        opening = "<think>" if sample["budget"] == "free" else f"<think> I will answer the question with {sample['budget']} tokens"
-        assert sample["answer"].startswith(opening)
+        asked = "" if sample["budget"] == "free" else f" I will answer the question with {sample['budget']} tokens"
+        assert sample["answer"].startswith(f"<think>{asked}")
         assert sample["answer"].count("<think>") == 1
         assert (sample["verdict"] == "correct") <= (sample["extracted"] == sample["gold"])
 

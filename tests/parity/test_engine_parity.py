@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from rl.batch import pack_rollouts
+from rl.errors import BudgetRLError
 from rl.learner import Learner
 from rl.settings import RolloutSettings
 from rl.types import Lease, Rollout, WeightVersion
-from rl.waiting import WorkerLost, wait_for
+from rl.waiting import wait_for
 from rollout.weights import WeightBundle, bundle_weights
 from tests.builders import make_lease
 from tests.parity.plain import load_plain, loss_tokens, perturb_, random_rollouts
@@ -154,6 +155,10 @@ def _of_an_older_version(bundle: WeightBundle) -> WeightBundle:
     return bundle_weights(bundle.tensors(), 0)
 
 
+def _of_the_same_version(bundle: WeightBundle) -> WeightBundle:
+    return bundle_weights(bundle.tensors(), bundle.version.number - 1)
+
+
 def _of_another_shape(bundle: WeightBundle) -> WeightBundle:
     return bundle_weights([(n, t[:-1] if "up_proj" in n else t) for n, t in bundle.tensors()], bundle.version.number)
 
@@ -164,6 +169,7 @@ def _of_another_shape(bundle: WeightBundle) -> WeightBundle:
         (_without_head, r"lacks 1 of .* first 'lm_head.weight'"),
         (_damaged, "arrived damaged"),
         (_of_an_older_version, "versions only grow"),
+        (_of_the_same_version, "versions only grow"),
         (_of_another_shape, "up_proj"),
     ],
 )
@@ -174,7 +180,7 @@ def test_a_push_that_is_not_sound_is_refused_and_the_old_weights_stay(
     leases = _leases(4, min_version=version.number)
     before = engine.generate(leases)
     bundle = bundle_weights(_weights(tiny_folder, noise=0.1, seed=2).items(), engine.following)
-    with pytest.raises(WorkerLost, match=message):
+    with pytest.raises(BudgetRLError, match=message):
         engine.push(spoil(bundle))
     assert engine.version() == version.number
     after = engine.generate(leases)
@@ -186,15 +192,29 @@ def test_a_push_that_is_not_sound_is_refused_and_the_old_weights_stay(
     assert _ids(engine.generate(leases)) != _ids(before)
 
 
+def test_an_engine_that_could_not_finish_a_load_is_not_used_any_more(ray_cluster: None, tiny_folder: Path) -> None:
+    import ray
+
+    served = _start(tiny_folder)
+    weights = _weights(tiny_folder)
+    with pytest.raises(BudgetRLError, match="KeyError|no_such_layer"):
+        served.push_weights({**weights, "model.layers.1.no_such_layer.weight": torch.ones(3)})
+    with pytest.raises(BudgetRLError, match="did not finish loading weights v1.*start a new one"):
+        served.generate(_leases(1))
+    with pytest.raises(BudgetRLError, match="start a new one"):
+        served.push_weights(weights)
+    ray.kill(served.actor)
+
+
 def test_a_lease_that_asks_for_newer_weights_is_refused(engine: Served) -> None:
     leases = _leases(2)
     leases[1] = replace(leases[1], ticket="wants-more", min_version=10**6)
-    with pytest.raises(WorkerLost, match="wants-more asks for weights v1000000"):
+    with pytest.raises(BudgetRLError, match="wants-more asks for newer weights"):
         engine.generate(leases)
 
 
 def test_cached_prefixes_of_old_weights_are_forgotten(engine: Served, tiny_folder: Path, tmp_path: Path) -> None:
-    """Prompts of more than two cache blocks (128 tokens on CPU), sampled before and after a push and by an engine that never saw them."""
+    """Prompts of more than two cache blocks of 128 tokens, sampled before and after a push and by an engine that never saw them."""
     import ray
 
     leases = _leases(4, prompt=300)

@@ -15,13 +15,13 @@ from rl.batch import pad_rows, select_rollouts
 from rl.learner import Learner
 from rl.settings import LossSettings
 from rl.types import TrainBatch
-from tests.parity.plain import PlainLearner, Lengths, largest_gap, load_plain, loss_tokens, plain_logp, random_batch
+from tests.parity.plain import Lengths, PlainLearner, largest_gap, load_plain, loss_tokens, plain_logp, random_batch
 
 LENGTHS: Lengths = [(5, 3, 40), (8, 0, 7), (3, 2, 1), (6, 4, 31), (4, 0, 22), (7, 3, 13), (5, 1, 60), (6, 2, 9)]
 LR = 1e-3
 TOLERANCE = 1e-4
-"""Largest difference of a weight after a few AdamW steps of 1e-3, a tenth of one step: AdamW divides by the gradient's own size, so
-rounding in a gradient near 0 moves its weight visibly. Measured: at most 2e-5; a wrong ratio or a missing KL: 1e-3 and more."""
+"""Largest difference of a weight after a few AdamW steps of 1e-3, a tenth of one step: AdamW divides by the gradient's own size,
+so rounding in a gradient near 0 moves its weight visibly. Measured: at most 2e-5; a wrong ratio or a missing KL: 1e-3 and more."""
 MakeLearner = Callable[..., Learner]
 
 
@@ -199,7 +199,9 @@ def _spoilt(batch: TrainBatch, value: float) -> TrainBatch:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_step_that_is_not_finite_leaves_weights_and_optimiser_untouched(make_learner: MakeLearner, stage: int, dtype: str) -> None:
+def test_a_step_that_is_not_finite_leaves_weights_and_optimiser_untouched(
+    make_learner: MakeLearner, stage: int, dtype: str
+) -> None:
     good = [random_batch(LENGTHS, seed=seed) for seed in range(2)]
     learner, undisturbed = (make_learner(zero_stage=stage, dtype=dtype) for _ in range(2))
     _update(learner, good[0])

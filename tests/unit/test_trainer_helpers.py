@@ -11,7 +11,7 @@ import torch
 from rl.collection import Collected
 from rl.errors import BudgetRLError
 from rl.settings import Settings
-from rl.trainer import build_batch, check_learnable, check_scored, effective_correction, sample_record
+from rl.step_rules import build_batch, check_learnable, check_scored, effective_correction, sample_record
 from rl.types import FinishReason, Group, VerdictStatus
 from tests.builders import make_group, make_lease, make_prompt, make_rollout, make_scored
 

@@ -1,0 +1,111 @@
+"""Pure rules of a step: what goes into the batch, when to refuse, what is written down."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from reward.budget import budget_ceiling
+from rl.advantage import compute
+from rl.batch import pack_rollouts
+from rl.collection import Collected
+from rl.errors import BudgetRLError
+from rl.preflight import derived_plan
+from rl.settings import Settings
+from rl.types import Group, Scored, TrainBatch
+
+
+def effective_correction(settings: Settings) -> str:
+    """`auto` is `replay` when sampling was shaped (temperature not 1), else `none`; with temperature 1 the two are equal."""
+    if settings.correction != "auto":
+        return settings.correction
+    return "replay" if settings.rollout.temperature != 1.0 else "none"
+
+
+def build_batch(groups: tuple[Group, ...], settings: Settings) -> tuple[TrainBatch, torch.Tensor, list[Scored]]:
+    """Advantages and packed training data of a step's scored members (unscored ones are left out of all statistics)."""
+    members = [(g, m) for g, group in enumerate(groups) for m in group.members if m.reward is not None]
+    scored = [m for _, m in members]
+    group_N = torch.tensor([g for g, _ in members], dtype=torch.int64)
+    reward_N = torch.tensor([m.reward.total for m in scored if m.reward is not None], dtype=torch.float64)
+    budget_N = torch.tensor(
+        [math.inf if m.rollout.lease.budget.is_free else float(m.rollout.lease.budget.tokens) for m in scored],
+        dtype=torch.float64,
+    )
+    ceiling_N = budget_ceiling(budget_N, max_length=settings.rollout.max_length, beta=settings.reward.beta)
+    advantage_N = compute(reward_N, group_N, budget_N, ceiling_N.to(reward_N.dtype), settings.advantage).float()
+    minibatch_N = group_N * settings.learner.minibatches // max(len(groups), 1)
+    batch = pack_rollouts([m.rollout for m in scored], advantage_N, minibatch_N, train_prefix=settings.learner.train_prefix)
+    return batch, advantage_N, scored
+
+
+def sample_record(member: Scored, advantage: float) -> dict[str, object]:
+    """One line of samples.jsonl."""
+    lease = member.rollout.lease
+    return {
+        "ticket": lease.ticket,
+        "prompt": lease.prompt.question,
+        "gold": lease.prompt.answer,
+        "answer": member.rollout.text,
+        "budget": lease.budget.label,
+        "length": member.rollout.length,
+        "verdict": member.verdict.status.value,
+        "extracted": member.verdict.extracted,
+        "reward": None if member.reward is None else dict(member.reward.parts),
+        "advantage": advantage,
+        "finish": member.rollout.finish.value,
+    }
+
+
+def check_scored(collected: Collected, limit: float) -> None:
+    """Raise when more than ``limit`` of a step's answers got no verdict: learning from the rest would be biased."""
+    members = [m for group in collected.groups for m in group.members]
+    unscored = [m for m in members if m.reward is None]
+    total = len(members) + len(collected.lost)
+    if len(unscored) == len(members) or (len(unscored) + len(collected.lost)) > limit * total:
+        example = unscored[0].verdict.evidence if unscored else collected.lost[0]
+        raise BudgetRLError(
+            f"{len(unscored) + len(collected.lost)} of {total} answers could not be scored (limit {limit:.0%}); first: {example}",
+            fix="raise reward.grade_deadline_s if graders are slow, or reward.max_unscored to go on regardless",
+        )
+
+
+def check_learnable(metrics: dict[str, float], settings: Settings) -> None:
+    """Raise after the first rollouts when no token carries a learning signal."""
+    if settings.allow_idle or metrics["adv/nonzero_tokens"] > 0:
+        return
+    cut, malformed = metrics["verdict/truncated"], metrics["verdict/malformed"]
+    if cut > 0.5:
+        fix = f"{cut:.0%} of answers are cut at rollout.max_length={settings.rollout.max_length}: raise it"
+    elif malformed > 0.5:
+        fix = f"{malformed:.0%} of answers have no readable answer: compare data.extract={settings.data.extract} with samples"
+    elif metrics["train/accuracy"] > 0.99:
+        fix = "every answer is right: use harder data"
+    else:
+        fix = (
+            "no group has both right and wrong answers: use easier data, or raise rollout.samples_per_prompt or prompts_per_step"
+        )
+    raise BudgetRLError(
+        "nothing can be learnt from the first step: every advantage is zero", fix=f"{fix} (allow_idle=true goes on)"
+    )
+
+
+def chosen_params(settings: Settings) -> dict[str, object]:
+    """The few settings shown as MLflow parameters; the whole configuration is an artifact."""
+    plan = derived_plan(settings)
+    return {
+        "model.path": settings.model.path,
+        "model.dtype": settings.model.dtype,
+        "data.source": settings.data.source,
+        "reward.method": settings.reward.method,
+        "advantage.estimator": settings.advantage.estimator,
+        "rollout.budgets": settings.rollout.budgets,
+        "rollout.max_length": settings.rollout.max_length,
+        "learner.lr": settings.learner.lr,
+        "learner.ranks": settings.learner.ranks,
+        "learner.zero_stage": settings.learner.zero_stage,
+        "rollouts_per_step": plan.rollouts_per_step,
+        "correction": effective_correction(settings),
+        "seed": settings.seed,
+    }
