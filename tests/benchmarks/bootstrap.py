@@ -67,7 +67,7 @@ def paired_bootstrap(before_SP: Array, after_SP: Array, statistic: Statistic, *,
 
 
 def aligned(results: Sequence[Mapping[str, Mapping[str, float]]], name: str, problems: Sequence[str]) -> Array:
-    """The figure ``name`` of each seed's results (problem -> figures) as a (seeds, problems) grid, problems in the order given."""
+    """The figure ``name`` of each seed's results (problem -> figures) as a (seeds, problems) grid, problems as listed."""
     return np.array([[result[problem][name] for problem in problems] for result in results], dtype=np.float64)
 
 

@@ -79,7 +79,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _check_environment() -> None:
     if not TRL_PYTHON.exists():
-        raise BenchmarkError("there is no .venv-trl, TRL's own environment", fix="bash .ci/install trl, or make bench-trl, which does it")
+        raise BenchmarkError("there is no .venv-trl, TRL's own environment", fix="bash .ci/install trl (make bench-trl does it)")
 
 
 def keep_to_cores(threads: int) -> None:
