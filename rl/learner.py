@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,19 @@ def deepspeed_config(settings: LearnerSettings, *, dtype: str) -> dict[str, Any]
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+
+
+def join_process_group(*, deadline_s: float) -> None:
+    """Initialise torch.distributed for DeepSpeed from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT: NCCL on GPU, gloo on CPU."""
+    import deepspeed
+
+    # Else DeepSpeed compiles a C++ all-reduce at the first start, a minute or an error where there is no compiler, for traffic
+    # that gloo carries as well.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(
+        dist_backend=backend, auto_mpi_discovery=False, timeout=timedelta(seconds=deadline_s), verbose=False
+    )
 
 
 class Learner:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import socket
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -112,16 +111,13 @@ class LearnerWorker(Worker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     def start(self, folder: str) -> int:
         """Join the process group and load the model; returns the number of parameters."""
-        import deepspeed
-
-        from rl.learner import Learner
+        from rl.learner import Learner, join_process_group
 
         torch.manual_seed(self.seed + self.rank)
         random.seed(self.seed + self.rank)
         np.random.seed(self.seed + self.rank)
         if not torch.distributed.is_initialized():
-            backend = "nccl" if torch.cuda.is_available() else "gloo"
-            deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=self.settings.deadline_s), verbose=False)
+            join_process_group(deadline_s=self.settings.deadline_s)
         self.learner = Learner(
             Path(folder), self.settings, self.loss_settings, dtype=self.dtype, trust_remote_code=self.trust_remote_code
         )

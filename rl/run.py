@@ -260,8 +260,8 @@ class Run:
         self.evaluation = (self.progress.step, metrics)
         free = results[0]
         self.console.say(
-            f"step {self.progress.step}: held-out accuracy {free.accuracy:.3f}, {free.tokens:.1f} tokens, cut {free.truncated:.1%}"
-            f" ({len(self.prepared.held_out)} problems x {self.settings.eval.samples}, no budget)"
+            f"step {self.progress.step}: held-out accuracy {free.accuracy:.3f}, {free.tokens:.1f} tokens, "
+            f"cut {free.truncated:.1%} ({len(self.prepared.held_out)} problems x {self.settings.eval.samples}, no budget)"
         )
         return metrics
 

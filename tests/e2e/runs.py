@@ -50,6 +50,8 @@ class Launched:
     log: Path
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     process: subprocess.Popen[bytes] = field(init=False)
+    seen: set[psutil.Process] = field(default_factory=set)
+    """Every process that was ever found to belong to the command, with its start time: a reused number is another process."""
 
     def __post_init__(self) -> None:
         with self.log.open("ab") as output:
@@ -82,11 +84,18 @@ class Launched:
 
     def signal_group(self, number: signal.Signals) -> None:
         """What a terminal does at Ctrl-C: the signal goes to the whole foreground process group."""
+        self.processes()
         os.killpg(self.process.pid, number)
 
     def processes(self) -> list[psutil.Process]:
-        """Every live process that inherited the mark, orphans included."""
-        return [process for process in psutil.process_iter() if self.mark == _mark_of(process)]
+        """Every live process that inherited the mark or descends from one that did, now or at an earlier call.
+
+        Ray workers lose the mark (their title is written over it) and, when their parent dies, their descent.
+        """
+        for process in psutil.process_iter():
+            if self.mark == _mark_of(process):
+                self.seen |= {process, *_descendants(process)}
+        return [process for process in self.seen if _is_alive(process)]
 
     def titles(self) -> list[str]:
         """What each of them calls itself; Ray workers are ``ray::Class.method``."""
@@ -172,12 +181,24 @@ def mlflow_run(run: Path) -> Any:
     return MlflowClient(tracking_uri=known["store"]).get_run(known["run_id"])
 
 
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
 def _mark_of(process: psutil.Process) -> str | None:
     try:
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return None
         return process.environ().get(MARK)
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
+    except (psutil.NoSuchProcess, psutil.AccessDenied):  # a zombie has no environment either
         return None
 
 

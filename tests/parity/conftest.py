@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from rl.learner import Learner
+from rl.learner import Learner, join_process_group
 from rl.settings import LearnerSettings, LossSettings
 from tests.parity.plain import write_tiny
 
@@ -24,8 +24,6 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def _process_group() -> Iterator[None]:
     """torch.distributed over gloo with this process alone, as the worker's first rank sets it up."""
-    import deepspeed
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -33,7 +31,7 @@ def _process_group() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in rendezvous.items():
             patch.setenv(name, value)
-        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+        join_process_group(deadline_s=60)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -214,7 +214,7 @@ def test_a_lease_that_asks_for_newer_weights_is_refused(engine: Served) -> None:
 
 
 def test_cached_prefixes_of_old_weights_are_forgotten(engine: Served, tiny_folder: Path, tmp_path: Path) -> None:
-    """Prompts of more than two cache blocks of 128 tokens, sampled before and after a push and by an engine that never saw them."""
+    """Prompts of more than two cache blocks of 128 tokens, sampled before and after a push and by a fresh engine."""
     import ray
 
     leases = _leases(4, prompt=300)

@@ -21,7 +21,7 @@ LENGTHS: Lengths = [(5, 3, 40), (8, 0, 7), (3, 2, 1), (6, 4, 31), (4, 0, 22), (7
 LR = 1e-3
 TOLERANCE = 1e-4
 """Largest difference of a weight after a few AdamW steps of 1e-3, a tenth of one step: AdamW divides by the gradient's own size,
-so rounding in a gradient near 0 moves its weight visibly. Measured: at most 2e-5; a wrong ratio or a missing KL: 1e-3 and more."""
+so rounding in a gradient near 0 moves its weight visibly. Measured: at most 2e-5; with a wrong ratio or no KL 1e-3 and more."""
 MakeLearner = Callable[..., Learner]
 
 

@@ -21,8 +21,12 @@ def _settings(**changes: Any) -> Settings:
     return Settings(model=ModelSettings(path="embedded"), data=data, warm_start=warm, max_steps=1, **changes)
 
 
+def _trace(prompt_ids: tuple[int, ...], response_ids: tuple[int, ...]) -> Trace:
+    return Trace(prompt_ids=prompt_ids, response_ids=response_ids, budget=0, correct=True)
+
+
 def test_every_response_token_carries_loss_and_no_prompt_token_does() -> None:
-    traces = [Trace(prompt_ids=(5, 6), response_ids=(7, 8, 1)), Trace(prompt_ids=(9,), response_ids=(10, 1))]
+    traces = [_trace((5, 6), (7, 8, 1)), _trace((9,), (10, 1))]
     batch = to_batch(traces, [0, 1])
     assert unpack_tokens(batch) == [[5, 6, 7, 8, 1], [9, 10, 1]]
     assert batch.loss_mask_T.tolist() == [False, False, True, True, True, False, True, True]
@@ -76,7 +80,8 @@ def test_the_environment_moves_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("BUDGET_RL_CACHE", str(tmp_path))
     assert cached_folder(_settings()) == tmp_path / "warm-start" / cache_key(_settings())
     monkeypatch.delenv("BUDGET_RL_CACHE")
-    assert cached_folder(_settings(warm_start=WarmStartSettings(cache_dir=str(tmp_path / "own")))).parent.parent == tmp_path / "own"
+    own = _settings(warm_start=WarmStartSettings(cache_dir=str(tmp_path / "own")))
+    assert cached_folder(own).parent.parent == tmp_path / "own"
 
 
 def test_the_warm_start_has_its_own_learner_on_one_rank_without_a_reference() -> None:
@@ -92,7 +97,8 @@ def test_copying_the_tokenizer_leaves_weights_and_existing_files_alone(tmp_path:
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
     target.mkdir()
-    for name in ("tokenizer.json", "chat_template.jinja", "model.safetensors", "model.safetensors.index.json", "a.gguf", ".hidden"):
+    weights = ("model.safetensors", "model.safetensors.index.json", "a.gguf")
+    for name in ("tokenizer.json", "chat_template.jinja", ".hidden", *weights):
         (source / name).write_text("source")
     (source / "config.json").write_text("source")
     (target / "config.json").write_text("target")
@@ -102,6 +108,6 @@ def test_copying_the_tokenizer_leaves_weights_and_existing_files_alone(tmp_path:
 
 
 def test_the_mask_counts_are_the_tokens_the_loss_is_divided_by() -> None:
-    traces = [Trace(prompt_ids=(5,) * p, response_ids=(7,) * r) for p, r in ((1, 4), (2, 3), (3, 2))]
+    traces = [_trace((5,) * p, (7,) * r) for p, r in ((1, 4), (2, 3), (3, 2))]
     assert int(to_batch(traces, [0, 0, 1]).loss_mask_T.sum()) == 9
     assert torch.equal(to_batch(traces, [0, 0, 1]).prompt_length_N, torch.tensor([1, 2, 3]))
