@@ -159,7 +159,9 @@ class Learner:
                 loss = -(raw * micro.mask_T).sum()
                 _add(totals, "sum/loss", float(loss.detach()))
             else:
-                loss = self._policy_objective(micro, old, shaped, raw, totals, correction, correction_cap)
+                # A row that only keeps this rank in step has no token in the batch, so no old log-prob either.
+                micro_old = old if index else None
+                loss = self._policy_objective(micro, micro_old, shaped, raw, totals, correction, correction_cap)
             _add(totals, "sum/entropy", float((raw_entropy.detach() * micro.mask_T).sum()))
             _add(totals, "sum/tokens", float(micro.mask_T.sum()))
             _add(totals, "sum/padding", micro.padding)

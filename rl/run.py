@@ -212,7 +212,7 @@ class Run:
             self.warn(
                 "drift",
                 f"mean advantage {m['adv/mean']:+.2f} at step {report.step}: the update pushes all samples one way; "
-                f"set advantage.centre=batch (docs/stability.md)",
+                f"set advantage.centre=group (docs/stability.md)",
             )
         if m["mismatch/max"] > MISMATCH_LIMIT[self.settings.model.dtype]:
             self.warn(

@@ -4,6 +4,7 @@ Layout, below ``output.dir`` (default ``~/budget-rl/<name>``)::
 
     config.yaml           the resolved configuration, secrets taken out
     metrics.jsonl         one JSON object per report: "step" and every metric of docs/metrics.md; null where not a finite number
+    eval-<step>.json      accuracy and tokens of every held-out problem at an evaluation
     samples.jsonl         a few rollouts of each step: prompt, answer, budget, verdict, reward parts, advantage
     run.log               step lines, notes, warnings, tracebacks and everything libraries say
     checkpoints/          one folder per checkpoint, each with its manifest

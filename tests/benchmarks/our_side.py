@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rl.errors import BudgetRLError
@@ -119,10 +121,10 @@ def train(config: Path, overrides: Sequence[str], *, log: Path, deadline_s: floa
 def run_logged(command: Sequence[str], *, log: Path, deadline_s: float, environment: Mapping[str, str]) -> None:
     """Run to the end; a process that fails or overruns is stopped and reported with the last lines it wrote.
 
-    It has a process group of its own, so that everything it started can be ended with it; Ctrl-C here is passed on as SIGINT.
+    It has a process group of its own, so that everything it started can be ended with it; Ctrl-C and SIGTERM here end it first.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
+    with log.open("ab") as output, _terminable():
         process = subprocess.Popen(
             command, cwd=ROOT, env=dict(environment), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -143,6 +145,20 @@ def tail(log: Path) -> str:
     """The last lines of a log file, indented."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
     return "\n".join(f"    {line}" for line in lines)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind like Ctrl-C: by default it would end this process at once and leave the child running."""
+    previous = signal.signal(signal.SIGTERM, _exit_on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _exit_on_signal(number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

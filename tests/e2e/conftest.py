@@ -61,8 +61,12 @@ def quickstart(workplace: Workplace) -> Finished:
 
 
 @pytest.fixture(scope="session")
-def warm_model(workplace: Workplace, quickstart: Finished) -> Path:
+def warm_model(workplace: Workplace, request: pytest.FixtureRequest) -> Path:
     """The model folder that the quickstart's warm start left in the cache."""
+    import os  # DEV
+    if os.environ.get("DEV_CACHE"):  # DEV
+        return next((workplace.cache / "warm-start").iterdir())  # DEV
+    quickstart = request.getfixturevalue("quickstart")  # DEV
     assert quickstart.code == 0, quickstart.console
     (folder,) = (workplace.cache / "warm-start").iterdir()
     return folder

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MARK = "BUDGET_RL_TEST_RUN"
 """Environment variable that every descendant of a run inherits, so that orphans are found too."""
 POLL_S = 0.05
-RUN_DEADLINE_S = 240.0
+RUN_DEADLINE_S = 400.0
 EXIT_DEADLINE_S = 30.0
 
 SMALL = (

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.runs import SMALL, Launched, Workplace, step_records
+from tests.e2e.runs import RUN_DEADLINE_S, SMALL, Launched, Workplace, step_records
 
-START_DEADLINE_S = 60.0
 ACTORS = {"RolloutActor", "RewardActor", "LearnerWorker"}
 
 
@@ -40,7 +39,7 @@ def cluster(workplace: Workplace) -> Iterator[Cluster]:
     port, dashboard, agent, client = free_ports(4)
     environment = {"RAY_AUTH_MODE": "token", "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}", "NO_PROXY": "127.0.0.1"}
     token = workplace.start("ray", "get-auth-token", "--generate", extra=environment)
-    assert token.wait(START_DEADLINE_S) == 0, token.text
+    assert token.wait(RUN_DEADLINE_S) == 0, token.text
     # A short path of its own: the path of a socket is limited to 107 characters.
     sessions = tempfile.mkdtemp(prefix="brl-")
     head = workplace.start(
@@ -48,7 +47,7 @@ def cluster(workplace: Workplace) -> Iterator[Cluster]:
         "--dashboard-agent-listen-port", agent, "--ray-client-server-port", client, "--temp-dir", sessions, extra=environment,
     )  # fmt: skip
     try:
-        assert head.wait(START_DEADLINE_S) == 0, head.text
+        assert head.wait(RUN_DEADLINE_S) == 0, head.text
         yield Cluster(environment)
     finally:
         # Not `ray stop`: it ends every Ray on the machine.
@@ -67,7 +66,7 @@ def submit(workplace: Workplace, cluster: Cluster, output: Path, model: Path, *o
 def living_actors(workplace: Workplace, cluster: Cluster) -> set[str]:
     """Class names of the actors that Ray lists as alive."""
     listing = workplace.start("ray", "list", "actors", "--filter", "state=ALIVE", "--format", "json", extra=cluster.environment)
-    assert listing.wait(START_DEADLINE_S) == 0, listing.text
+    assert listing.wait(RUN_DEADLINE_S) == 0, listing.text
     start = listing.text.find("[")
     return {actor["class_name"] for actor in json.loads(listing.text[start:])} if start >= 0 else set()
 
