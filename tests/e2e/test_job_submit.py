@@ -22,6 +22,7 @@ class Cluster:
     """A head node on the loopback address; ``environment`` is what a shell needs to talk to it."""
 
     environment: Mapping[str, str]
+    head: Launched
 
 
 def free_ports(count: int) -> Sequence[str]:
@@ -48,7 +49,7 @@ def cluster(workplace: Workplace) -> Iterator[Cluster]:
     )  # fmt: skip
     try:
         assert head.wait(RUN_DEADLINE_S) == 0, head.text
-        yield Cluster(environment)
+        yield Cluster(environment, head)
     finally:
         # Not `ray stop`: it ends every Ray on the machine.
         head.end()
@@ -74,6 +75,8 @@ def living_actors(workplace: Workplace, cluster: Cluster) -> set[str]:
 def test_the_job_file_runs_to_success_on_actors_that_ray_lists(workplace: Workplace, cluster: Cluster, warm_model: Path) -> None:
     output = workplace.folder / "submitted"
     job = submit(workplace, cluster, output, warm_model, steps=12)
+    # `ray list` is a slow command, so it is asked only once there is something to list.
+    job.running("a learner process", lambda: any(title.startswith("ray::LearnerWorker") for title in cluster.head.titles()))
     job.running("all actors", lambda: living_actors(workplace, cluster) >= ACTORS)
     assert job.wait() == 0, job.text
     assert "succeeded" in job.text

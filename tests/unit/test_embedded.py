@@ -17,7 +17,7 @@ TEXTS = [
 
 
 def test_the_vocabulary_is_small_and_without_repeats() -> None:
-    assert len(set(VOCABULARY)) == len(VOCABULARY) <= 80
+    assert len(set(VOCABULARY)) == len(VOCABULARY) <= 180
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -38,7 +38,7 @@ def test_the_saved_tokenizer_encodes_the_same(text: str, tmp_path: Path) -> None
 def test_numbers_decode_without_spaces_inside() -> None:
     tokenizer = tiny_tokenizer()
     ids = tokenizer.encode("</think>-12")
-    assert len(ids) == 4
+    assert len(ids) == 2  # the mark, then the whole number with its sign
     assert tokenizer.decode(ids) == "</think>-12"
 
 

@@ -100,7 +100,7 @@ def test_the_same_settings_give_the_same_traces_and_more_problems_change_none(pr
 def test_the_teacher_errs_and_over_thinks_like_the_model_it_stands_for(problems: Sequence[Problem]) -> None:
     unprompted = [t for t in traces(problems, error_rate=0.18) if t.budget == 0]
     assert 0.57 < statistics.mean(t.correct for t in unprompted) < 0.69
-    assert 70 < mean_length(unprompted) < 95
+    assert 60 < mean_length(unprompted) < 80
     assert mean_length(traces(problems, recheck_rate=0.0, budget_share=0.0)) < 35
 
 
@@ -108,7 +108,7 @@ def test_lengths_follow_the_budget_in_order(problems: Sequence[Problem]) -> None
     budgeted = traces(problems, budget_share=1.0)
     means = [mean_length([t for t in budgeted if t.budget == b]) for b in TRACE_BUDGETS]
     assert means == sorted(means)
-    assert means[0] < 52 and means[2] == pytest.approx(64, abs=10) and means[-1] > 95
+    assert means[0] < 52 and means[2] == pytest.approx(64, abs=10) and means[-1] > 90
 
 
 def test_half_of_the_traces_open_with_a_budget_by_default(problems: Sequence[Problem]) -> None:

@@ -104,7 +104,7 @@ FLAT = {"adv/nonzero_tokens": 0.0, "verdict/truncated": 0.0, "verdict/malformed"
     ("found", "advice"),
     [
         ({"verdict/truncated": 0.75}, "75% of answers are cut at rollout.max_length=4096: raise it"),
-        ({"verdict/malformed": 0.6}, "60% of answers have no readable answer: check data.extract=after_think"),
+        ({"verdict/malformed": 0.6}, "60% of answers have no readable answer: compare data.extract=after_think"),
         ({"train/accuracy": 1.0}, "every answer is right: use harder data"),
         ({"train/accuracy": 0.5}, "no group has both right and wrong answers: use easier data"),
         ({}, "raise rollout.samples_per_prompt or prompts_per_step"),
