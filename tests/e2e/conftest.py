@@ -11,7 +11,7 @@ import pytest
 
 from tests.e2e.runs import RUN_DEADLINE_S, SMALL, Launched, Workplace, step_records
 
-REFERENCE = (*SMALL, "output.samples_per_step=32", "output.checkpoint_every=3", "output.keep_checkpoints=9")
+REFERENCE = (*SMALL, "learner.lr=3e-5", "output.samples_per_step=32", "output.checkpoint_every=3", "output.keep_checkpoints=9")
 """One engine, every rollout of a step written down: what runs that must be identical share."""
 REFERENCE_STEPS = 10
 UNREACHABLE = "http://127.0.0.1:9"
@@ -61,12 +61,8 @@ def quickstart(workplace: Workplace) -> Finished:
 
 
 @pytest.fixture(scope="session")
-def warm_model(workplace: Workplace, request: pytest.FixtureRequest) -> Path:
+def warm_model(workplace: Workplace, quickstart: Finished) -> Path:
     """The model folder that the quickstart's warm start left in the cache."""
-    import os  # DEV
-    if os.environ.get("DEV_CACHE"):  # DEV
-        return next((workplace.cache / "warm-start").iterdir())  # DEV
-    quickstart = request.getfixturevalue("quickstart")  # DEV
     assert quickstart.code == 0, quickstart.console
     (folder,) = (workplace.cache / "warm-start").iterdir()
     return folder

@@ -82,8 +82,13 @@ class Launched:
 
         return until(look, what, seconds=seconds)
 
-    def signal_group(self, number: signal.Signals) -> None:
-        """What a terminal does at Ctrl-C: the signal goes to the whole foreground process group."""
+    def send(self, number: signal.Signals) -> None:
+        """Send the signal to the command alone, as `kill` does."""
+        self.processes()  # noted now, for afterwards they may be orphans
+        self.process.send_signal(number)
+
+    def send_group(self, number: signal.Signals) -> None:
+        """Send it as a terminal does at Ctrl-C: to the whole foreground process group."""
         self.processes()
         os.killpg(self.process.pid, number)
 
@@ -126,7 +131,7 @@ class Workplace:
 
     @property
     def cache(self) -> Path:
-        return Path(os.environ.get("DEV_CACHE") or self.folder / "cache")  # DEV
+        return self.folder / "cache"
 
     def environment(self) -> dict[str, str]:
         self.home.mkdir(exist_ok=True)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +22,11 @@ class Interrupted:
     mlflow_status: str
 
 
-def interrupt(launched: Launched, folder: Path, number: signal.Signals, *, after: int) -> Interrupted:
-    """Send the signal once ``after`` steps are done; fails unless the driver and every process it started end in time."""
+def interrupt(launched: Launched, folder: Path, send: Callable[[], None], *, after: int) -> Interrupted:
+    """Send a signal once ``after`` steps are done; fails unless the driver and every process it started end in time."""
     launched.running(f"step {after}", lambda: len(step_records(folder)) >= after)
     steps = len(step_records(folder))
-    launched.signal_group(number)
+    send()
     code = launched.wait(EXIT_DEADLINE_S)
     until(lambda: not launched.processes(), f"the processes to end: {launched.titles()}", seconds=EXIT_DEADLINE_S)
     return Interrupted(folder, code, launched.text, steps, mlflow_run(folder).info.status)
@@ -40,14 +41,15 @@ def arguments(warm_model: Path) -> tuple[str, ...]:
 def stopped(workplace: Workplace, arguments: tuple[str, ...]) -> Interrupted:
     """A run stopped by Ctrl-C after the reference's last step."""
     folder = workplace.folder / "interrupted"
-    return interrupt(workplace.train(folder, *arguments), folder, signal.SIGINT, after=REFERENCE_STEPS)
+    launched = workplace.train(folder, *arguments)
+    return interrupt(launched, folder, lambda: launched.send_group(signal.SIGINT), after=REFERENCE_STEPS)
 
 
 @pytest.fixture(scope="module")
 def stopped_again(workplace: Workplace, arguments: tuple[str, ...], stopped: Interrupted) -> Interrupted:
-    """The same command again, stopped by SIGTERM (what `ray job stop` sends) after two more steps."""
+    """The same command again, stopped by SIGTERM (what `kill` sends) after two more steps."""
     launched = workplace.train(stopped.folder, *arguments)
-    return interrupt(launched, stopped.folder, signal.SIGTERM, after=last_step(stopped.folder) + 2)
+    return interrupt(launched, stopped.folder, lambda: launched.send(signal.SIGTERM), after=last_step(stopped.folder) + 2)
 
 
 def last_step(folder: Path) -> int:
@@ -74,7 +76,7 @@ def test_ctrl_c_closes_the_mlflow_run_as_killed(stopped: Interrupted, stopped_ag
     assert (stopped.mlflow_status, stopped_again.mlflow_status) == ("KILLED", "KILLED")
 
 
-def test_two_runs_of_one_seed_are_identical(stopped: Interrupted, stopped_again: Interrupted, reference: Finished) -> None:
+def test_two_runs_of_one_seed_are_identical(stopped: Interrupted, reference: Finished) -> None:
     def steps(folder: Path) -> list[dict[str, object]]:
         return [without_times(record) for record in step_records(folder)[:REFERENCE_STEPS]]
 

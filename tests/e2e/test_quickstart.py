@@ -114,7 +114,7 @@ def test_mlflow_has_the_run_with_its_parameters_metrics_and_files(run: Finished)
     tracked = mlflow_run(run.folder)
     assert tracked.info.status == "FINISHED"
     assert tracked.data.params["reward.method"] == "hbpo"
-    assert tracked.data.params["learner.lr"] == "3e-05"
+    assert tracked.data.params["learner.lr"] == str(yaml.safe_load((run.folder / "config.yaml").read_text())["learner"]["lr"])
     last = step_records(run.folder)[-1]
     for name in EVERY_STEP:
         assert tracked.data.metrics[name] == pytest.approx(last[name]), name
