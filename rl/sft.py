@@ -68,6 +68,7 @@ def warm_start_learner(settings: Settings) -> Settings:
         ranks=1,
         cpus_per_rank=settings.learner.cpus_per_rank,
         gpus_per_rank=settings.learner.gpus_per_rank,
+        threads_per_rank=settings.learner.threads_per_rank,
         zero_stage=1,
         lr=warm.lr,
         lr_schedule="cosine",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.runs import RUN_DEADLINE_S, SMALL, Launched, Workplace, step_records
+from tests.e2e.runs import COMMON, RUN_DEADLINE_S, SMALL, Launched, Workplace, step_records
 
 REFERENCE = (*SMALL, "learner.lr=3e-5", "output.samples_per_step=32", "output.checkpoint_every=3", "output.keep_checkpoints=9")
 """One engine, every rollout of a step written down: what runs that must be identical share."""
@@ -54,8 +54,7 @@ def quickstart(workplace: Workplace) -> Finished:
     """The quickstart with fewer traces, smaller steps and a smaller evaluation: warm start, before, 8 steps, after."""
     folder = workplace.folder / "quickstart"
     launched = workplace.train(
-        folder, "warm_start.traces=3200", "warm_start.warmup_steps=20", "data.size=512", "data.held_out=32", "eval.problems=32",
-        "eval.samples=1", "prompts_per_step=4", "max_steps=8",
+        folder, *COMMON, "warm_start.traces=3200", "warm_start.warmup_steps=20", "eval.problems=32", "max_steps=8",
     )  # fmt: skip
     return finish(launched, folder)
 

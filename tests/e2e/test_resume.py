@@ -52,6 +52,7 @@ def test_steps_after_a_resume_equal_those_of_the_uninterrupted_run(resumed: Resu
     expected = [without_times(record) for record in step_records(reference.folder)]
     assert [record["step"] for record in expected] == list(range(1, REFERENCE_STEPS + 1))
     assert [without_times(record) for record in step_records(resumed.run.folder)] == expected
+    assert any(record["learn/grad_norm"] > 0 for record in expected[SAVED:])
 
 
 def test_answers_after_a_resume_equal_those_of_the_uninterrupted_run(resumed: Resumed, reference: Finished) -> None:

@@ -31,7 +31,7 @@ def run(workplace: Workplace) -> Path:
     return folder
 
 
-@pytest.mark.timeout(1000)
+@pytest.mark.timeout(2000)
 def test_smollm2_does_two_steps_and_engine_and_learner_agree_before_and_after_an_update(run: Path) -> None:
     steps = step_records(run)
     assert [record["step"] for record in steps] == [1, 2]
