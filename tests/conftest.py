@@ -1,8 +1,9 @@
-"""What all tests share: an environment that reports to nobody, small engine caches, and the one reason to skip (`gpu`)."""
+"""What all tests share: an environment that reports to nobody, small engine caches, one Ray, the one reason to skip (`gpu`)."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Before any library is imported: they read these once. A value set outside wins, so a single run can differ.
 for _name, _value in {
@@ -35,3 +36,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A Ray cluster of this machine alone, as a run starts it; one for all tests, since a process can hold only one."""
+    from rl.cluster import connect, disconnect
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        connect()
+    yield
+    disconnect()

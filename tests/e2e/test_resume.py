@@ -81,6 +81,6 @@ def test_a_changed_learning_rate_is_refused_with_both_values(
     before = (reference.folder / "metrics.jsonl").read_bytes()
     launched = workplace.train(reference.folder, *REFERENCE, f"model={warm_model}", "max_steps=12", "learner.lr=1e-4")
     assert launched.wait() == 2
-    assert "learner.lr: 2e-05 -> 0.0001" in launched.text
+    assert "learner.lr: 3e-05 -> 0.0001" in launched.text
     assert "Traceback" not in launched.text
     assert (reference.folder / "metrics.jsonl").read_bytes() == before

@@ -49,15 +49,3 @@ def make_learner(tiny_folder: Path, _process_group: None, monkeypatch: pytest.Mo
         return Learner(folder, chosen, loss or LossSettings(), dtype=dtype)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """A Ray cluster of this machine alone, as a run starts it."""
-    from rl.cluster import connect, disconnect
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        connect()
-    yield
-    disconnect()

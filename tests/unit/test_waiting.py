@@ -18,14 +18,6 @@ LONG_S = 120.0
 """Never waited out: only a bound should something hang."""
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """A Ray of this file alone: other tests start their own."""
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 @ray.remote(num_cpus=0)
 class Worker:
     """An actor with every way to fail."""
@@ -61,7 +53,7 @@ def wait_inside() -> list[Any]:
 
 
 @pytest.fixture
-def worker(cluster: None) -> Iterator[Any]:
+def worker(ray_cluster: None) -> Iterator[Any]:
     """One living actor; killed afterwards, so that a blocked one does not stay."""
     actor: Any = Worker.remote()
     yield actor
@@ -89,7 +81,7 @@ def test_a_workers_own_error_arrives_as_it_was_raised(worker: Any) -> None:
     assert str(caught.value) == "the setting is wrong\n  fix: set it to 3"
 
 
-def test_a_workers_own_error_arrives_through_a_worker_in_between(cluster: None) -> None:
+def test_a_workers_own_error_arrives_through_a_worker_in_between(ray_cluster: None) -> None:
     with pytest.raises(ConfigError) as caught:
         wait_for([wait_inside.remote()], seconds=LONG_S, what="the outer worker")
     assert (caught.value.cause, caught.value.fix) == ("the setting is wrong", "set it to 3")
@@ -101,7 +93,7 @@ def test_any_other_error_is_named_with_its_whole_message_and_what_was_waited_for
     assert caught.value.cause == "engine 3 generates: ValueError: shapes differ (3, 4) and (4, 3)"
 
 
-def test_an_actor_that_failed_to_start_gives_the_error_of_its_start_as_the_cause(cluster: None) -> None:
+def test_an_actor_that_failed_to_start_gives_the_error_of_its_start_as_the_cause(ray_cluster: None) -> None:
     broken = Worker.remote(fail=True)
     with pytest.raises(WorkerLost) as caught:
         wait_for([broken.echo.remote(1)], seconds=LONG_S, what="engine 0 loads the model")
@@ -110,12 +102,12 @@ def test_an_actor_that_failed_to_start_gives_the_error_of_its_start_as_the_cause
     )
 
 
-def test_an_actor_whose_process_dies_is_lost(cluster: None) -> None:
+def test_an_actor_whose_process_dies_is_lost(ray_cluster: None) -> None:
     with pytest.raises(WorkerLost, match="scoring: the worker process died: .*worker process has died"):
         wait_for([Worker.remote().die.remote()], seconds=LONG_S, what="scoring")
 
 
-def test_a_task_whose_process_dies_is_lost_too(cluster: None) -> None:
+def test_a_task_whose_process_dies_is_lost_too(ray_cluster: None) -> None:
     with pytest.raises(WorkerLost, match="the address: the worker process died"):
         wait_for([die_alone.remote()], seconds=LONG_S, what="the address")
 
