@@ -6,6 +6,7 @@ the chunked torch form that never holds tokens x vocabulary. ``backend="auto"`` 
 
 from __future__ import annotations
 
+from kernels.alignment import alignment_kl, linear_alignment_kl
 from kernels.backends import NotAvailable
 from kernels.grouping import (
     centred_advantage,
@@ -14,16 +15,19 @@ from kernels.grouping import (
     token_level_group_average_advantage,
 )
 from kernels.logprob import linear_logprob_entropy, logprob_entropy
-from kernels.shaping import shape_logits_
+from kernels.shaping import TemperatureRule, shape_logits_
 
 # transformers looks for a hub package of this name and would use it if the version were 0.10 or more; keep it far below.
 __version__ = "0.0.0"
 
 __all__ = [
     "NotAvailable",
+    "TemperatureRule",
+    "alignment_kl",
     "centred_advantage",
     "group_normalised_advantage",
     "hierarchical_advantage",
+    "linear_alignment_kl",
     "linear_logprob_entropy",
     "logprob_entropy",
     "shape_logits_",

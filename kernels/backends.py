@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+import torch
+
 Kernel = TypeVar("Kernel", bound=Callable[..., object])
 
 BACKENDS = ("reference", "eager", "triton")
@@ -13,6 +15,11 @@ BACKENDS = ("reference", "eager", "triton")
 
 class NotAvailable(RuntimeError):
     """The requested implementation does not exist here; the message names those that do."""
+
+
+def fastest(like: torch.Tensor) -> str:
+    """What ``"auto"`` means for tensors like this one: ``triton`` on a GPU, ``eager`` elsewhere."""
+    return "triton" if like.is_cuda else "eager"
 
 
 def pick(table: Mapping[str, Kernel], backend: str, *, auto: str) -> Kernel:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from kernels import eager, reference
+from kernels import eager, eager_linear, reference
 from kernels.backends import pick
 from kernels.checks import check_matrix, check_target, check_vector
 from kernels.shaping import logit_shaping
@@ -17,7 +17,7 @@ _LOGITS: dict[str, Callable[..., tuple[torch.Tensor, ...]]] = {
 }
 _HIDDEN: dict[str, Callable[..., tuple[torch.Tensor, ...]]] = {
     "reference": reference.from_hidden,
-    "eager": eager.from_hidden,
+    "eager": eager_linear.from_hidden,
 }
 
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.backends import NotAvailable, pick
+from kernels.backends import fastest, pick
 from kernels.checks import check_matrix, check_shaping
+
+LOG_ZERO = -1e4
+"""Stands for ln 0: exp(-1e4) is 0 in float32 and float64, and unlike -inf it gives 0 when multiplied by 0."""
 
 
 def ids_tensor(bias_ids: torch.Tensor | Sequence[int] | None, *, device: torch.device) -> torch.Tensor | None:
@@ -38,11 +41,13 @@ class LogitShaping:
         bias_T = None if self.bias_T is None else self.bias_T[part]
         return LogitShaping(temperature_T, self.bias_ids, bias_T)
 
-    def apply_(self, logits_TV: torch.Tensor) -> torch.Tensor:
-        """Shape the logits in place and return them."""
+    def apply_(self, logits_TV: torch.Tensor, block: slice | None = None) -> torch.Tensor:
+        """Shape the logits (or the columns ``block`` of them) in place and return them."""
         if self.bias_ids is not None and self.bias_T is not None:
-            bias_TK = self.bias_T.to(logits_TV.dtype)[:, None].expand(-1, self.bias_ids.numel())
-            logits_TV.index_add_(1, self.bias_ids, bias_TK)
+            ids = self.bias_ids
+            if block is not None:
+                ids = ids[(ids >= block.start) & (ids < block.stop)] - block.start
+            logits_TV.index_add_(1, ids, self.bias_T.to(logits_TV.dtype)[:, None].expand(-1, ids.numel()))
         if self.temperature_T is not None:
             logits_TV.div_(self.temperature_T.to(logits_TV.dtype)[:, None])
         return logits_TV
@@ -67,6 +72,29 @@ def logit_shaping(
     )
 
 
+@dataclass(frozen=True)
+class TemperatureRule:
+    """A temperature that depends on the entropy of the row, as plain numbers, so that one kernel can apply it.
+
+    ``T = base (1 + tau clamp(slope (ln max(H, floor) - pivot), low, high))``, with ``above`` as slope where ln H is above the
+    pivot and ``below`` elsewhere. HAPO's rule (arXiv 2509.16591, part A) is of this form, whichever sign and clamp are chosen.
+    """
+
+    pivot: float
+    above: float
+    below: float
+    tau: float
+    low: float = -1.0
+    high: float = 1.0
+    floor: float = 1e-6
+
+    def __call__(self, entropy_B: torch.Tensor) -> torch.Tensor:
+        """The factor on the base temperature, (B)."""
+        distance_B = entropy_B.clamp(min=self.floor).log() - self.pivot
+        slope_B = torch.where(distance_B > 0, self.above, self.below).to(distance_B.dtype)
+        return 1.0 + self.tau * (slope_B * distance_B).clamp(self.low, self.high)
+
+
 def shape_logits_(
     logits_BV: torch.Tensor,
     *,
@@ -78,26 +106,32 @@ def shape_logits_(
 ) -> torch.Tensor:
     """Turn raw logits into the logits to sample from, in place, and return them.
 
-    ``z_bv <- (z_bv + bias_b * 1[v in bias_ids]) / base``
+    ``z_bv <- (z_bv + bias_b * 1[v in bias_ids]) / (base_b * rule(H_b))``, H_b the entropy (nats) of softmax of the raw row
 
-    Shapes: logits_BV (B, V) floating point; bias_ids (K) distinct ids; bias_B (B) in nats; base a number or (B), above 0.
-    Raises ValueError or TypeError naming the argument; NotAvailable for a temperature_rule (entropy-dependent temperature
-    is not built yet) or for a backend that is not built.
+    Shapes: logits_BV (B, V) floating point, -inf allowed; bias_ids (K) distinct ids; bias_B (B) in nats; base a number or (B),
+    above 0; temperature_rule a function from entropies (B) to factors (B) above 0, None for 1; the ``triton`` backend wants a
+    :class:`TemperatureRule`. Raises ValueError or TypeError naming the argument, NotAvailable for a backend that is not built.
     """
     check_matrix("logits_BV", logits_BV)
-    if temperature_rule is not None:
-        raise NotAvailable("temperature_rule is not available yet; pass None and set the temperature with base")
     rows, vocabulary = logits_BV.shape
-    base_B = base if isinstance(base, torch.Tensor) else torch.full((rows,), base, dtype=torch.float64, device=logits_BV.device)
-    ids = ids_tensor(bias_ids, device=logits_BV.device)
     if not isinstance(base, torch.Tensor) and not base > 0:
         raise ValueError(f"base must be above 0, got {base}")
+    base_B = base if isinstance(base, torch.Tensor) else torch.full((rows,), base, dtype=torch.float32, device=logits_BV.device)
+    ids = ids_tensor(bias_ids, device=logits_BV.device)
     check_shaping(base_B, ids, bias_B, rows=rows, vocabulary=vocabulary, like=logits_BV, names=("base", "bias_B"))
-    return pick(_SHAPE_LOGITS, backend, auto="reference")(logits_BV, LogitShaping(base_B, ids, bias_B))
+    return pick(_SHAPE_LOGITS, backend, auto=fastest(logits_BV))(logits_BV, LogitShaping(base_B, ids, bias_B), temperature_rule)
 
 
-def _shape_reference(logits_BV: torch.Tensor, shaping: LogitShaping) -> torch.Tensor:
-    return shaping.apply_(logits_BV)
+def _shape_reference(
+    logits_BV: torch.Tensor, shaping: LogitShaping, rule: Callable[[torch.Tensor], torch.Tensor] | None
+) -> torch.Tensor:
+    temperature_B = shaping.temperature_T
+    assert temperature_B is not None
+    if rule is not None:
+        logp_BV = torch.log_softmax(logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float(), dim=-1)
+        entropy_B = -(logp_BV.exp() * logp_BV.clamp(min=LOG_ZERO)).sum(dim=-1)
+        temperature_B = temperature_B * rule(entropy_B)
+    return LogitShaping(temperature_B, shaping.bias_ids, shaping.bias_T).apply_(logits_BV)
 
 
-_SHAPE_LOGITS: dict[str, Callable[[torch.Tensor, LogitShaping], torch.Tensor]] = {"reference": _shape_reference}
+_SHAPE_LOGITS: dict[str, Callable[..., torch.Tensor]] = {"reference": _shape_reference, "eager": _shape_reference}

@@ -91,7 +91,7 @@ class Learner:
             self.reference = load_policy(folder, dtype=dtype, trust_remote_code=trust_remote_code).to(self.device).eval()
             self.reference.requires_grad_(False)
         optimizer = torch.optim.AdamW(
-            policy.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
+            policy.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
         )
         self.engine: Any
         self.engine, *_ = deepspeed.initialize(

@@ -71,14 +71,15 @@ def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 
 
 def configure(options: argparse.Namespace) -> GRPOConfig:
-    """GRPO as the other side runs it; what only costs TRL time on a CPU (checkpointed activations, logging) is off."""
+    """GRPO as the other side runs it; what only costs time (logging, saving) is off, checkpointed activations are an option."""
     return GRPOConfig(
         output_dir=str(options.out.parent / "trl-output"), use_cpu=True, use_vllm=False, bf16=options.dtype == "bfloat16",
         per_device_train_batch_size=options.batch, gradient_accumulation_steps=options.rollouts // options.batch,
         num_generations=options.samples, max_completion_length=options.cap, temperature=1.0, max_steps=options.steps,
         num_iterations=1, beta=0.0, loss_type="dapo", epsilon=0.2, epsilon_high=0.28, delta=None, max_grad_norm=1.0,
         learning_rate=options.lr, lr_scheduler_type="constant", weight_decay=options.weight_decay,
-        gradient_checkpointing=False, shuffle_dataset=False, dataloader_pin_memory=False, report_to="none", save_strategy="no",
+        gradient_checkpointing=bool(options.checkpointing), shuffle_dataset=False, dataloader_pin_memory=False, report_to="none",
+        save_strategy="no",
         logging_strategy="no", disable_tqdm=True, seed=options.seed,
     )
 
@@ -87,7 +88,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("--model", "--prompts", "--out"):
         parser.add_argument(name, type=Path, required=True)
-    for name in ("--threads", "--steps", "--samples", "--rollouts", "--batch", "--cap", "--seed"):
+    for name in ("--threads", "--steps", "--samples", "--rollouts", "--batch", "--checkpointing", "--cap", "--seed"):
         parser.add_argument(name, type=int, required=True)
     for name in ("--lr", "--weight-decay"):
         parser.add_argument(name, type=float, required=True)

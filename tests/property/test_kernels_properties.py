@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kernels
-from kernels import eager
+from kernels import eager_linear
 from kernels.shaping import LogitShaping
 
 BACKENDS = ("reference", "eager")
@@ -110,8 +110,8 @@ def test_chunked_heads_equal_the_whole_product(
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         if chunked:
             shaping = LogitShaping(temperature, None, None)
-            options = {"return_raw": True, "head_bias_V": None, "softcap": softcap, "chunk_tokens": chunk}
-            values = eager.from_hidden(h, w, target, shaping, **options)
+            options = {"return_raw": True, "head_bias_V": None, "softcap": softcap, "max_tokens": chunk, "block_bytes": 64}
+            values = eager_linear.from_hidden(h, w, target, shaping, **options)
         else:
             options = {"temperature_T": temperature, "softcap": softcap, "return_raw": True, "backend": "reference"}
             values = kernels.linear_logprob_entropy(h, w, target, **options)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import eager
+from kernels import eager, eager_linear
 from kernels.shaping import LogitShaping
 
 TOKENS, HIDDEN, VOCABULARY = 7, 5, 11
@@ -108,14 +108,19 @@ def test_logits_and_hidden_states_give_the_same_values_and_gradients(shaped: boo
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
-def test_the_hand_written_gradients_pass_the_numerical_check(softcap: float | None, chunk_tokens: int) -> None:
+@pytest.mark.parametrize(("tokens", "block"), [(1, 1), (3, 4), (100, 100)])
+@pytest.mark.parametrize("both", [False, True])
+def test_the_hand_written_gradients_pass_the_numerical_check(
+    softcap: float | None, tokens: int, block: int, both: bool
+) -> None:
     inputs = _inputs()
     shaping = LogitShaping(inputs["temperature"].double(), inputs["bias_ids"], inputs["bias"].double())
-    plan = eager._Plan(inputs["target"], shaping, True, softcap, chunk_tokens)
+    plan = eager_linear._Plan(inputs["target"], shaping, both, softcap, tokens, 4 * min(tokens, TOKENS) * block)
     leaves = tuple(inputs[name].requires_grad_() for name in ("hidden", "weight", "head_bias"))
-    assert torch.autograd.gradcheck(lambda *x: eager._FromHidden.apply(*x, plan), leaves)
+    for wanted in (slice(None), slice(0, 1), slice(1, 2), slice(2, 3) if both else slice(0, 1)):  # every value's own gradient too
+        assert torch.autograd.gradcheck(lambda *x, w=wanted: eager_linear._FromHidden.apply(*x, plan)[w], leaves)  # pyright: ignore
     logits = (inputs["hidden"] @ inputs["weight"].T).detach().requires_grad_()
+    plan = eager._Plan(inputs["target"], shaping, both, tokens)
     assert torch.autograd.gradcheck(lambda x: eager._FromLogits.apply(x, plan), (logits,))
 
 
@@ -130,26 +135,29 @@ def test_chunks_of_any_size_give_the_same_values_and_gradients() -> None:
     inputs = _inputs(torch.float32)
     shaping = LogitShaping(inputs["temperature"], inputs["bias_ids"], inputs["bias"])
 
-    def call(chunk: int) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]:
-        options = {"return_raw": True, "head_bias_V": None, "softcap": None, "chunk_tokens": chunk}
+    def call(tokens: int, block: int) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]:
+        sizes = {"max_tokens": tokens, "block_bytes": 4 * tokens * block}
+        options = {"return_raw": True, "head_bias_V": None, "softcap": None, **sizes}
         names = ("hidden", "weight")
         return _with_gradients(
-            inputs, lambda i: eager.from_hidden(i["hidden"], i["weight"], i["target"], shaping, **options), names
+            inputs, lambda i: eager_linear.from_hidden(i["hidden"], i["weight"], i["target"], shaping, **options), names
         )
 
-    whole_values, whole_gradients = call(TOKENS)
-    for chunk in (1, 2, 3, 6, 50):
-        values, gradients = call(chunk)
+    whole_values, whole_gradients = call(TOKENS, VOCABULARY)
+    for tokens, block in ((1, 1), (2, 3), (3, VOCABULARY), (TOKENS, 4), (50, 50)):
+        values, gradients = call(tokens, block)
         for value, other in zip((*values, *gradients), (*whole_values, *whole_gradients), strict=True):
             torch.testing.assert_close(value, other, atol=1e-6, rtol=1e-5)
 
 
-def test_the_chunk_keeps_the_logits_in_memory_small() -> None:
+def test_chunks_and_blocks_keep_the_logits_in_memory_small() -> None:
     identity = LogitShaping(None, None, None)
     target = torch.zeros(1, dtype=torch.int64)
-    chunk = eager._plan(target, identity, False, None, None, vocabulary=150_000).chunk_tokens
+    chunk = eager._plan(target, identity, False, None, vocabulary=150_000).chunk_tokens
     assert 48 * 2**20 < chunk * 150_000 * 4 <= 64 * 2**20
-    assert eager._plan(target, identity, False, None, None, vocabulary=64).chunk_tokens >= 2**17
+    plan = eager_linear._Plan(target, identity, False, None, eager_linear.MAX_TOKENS, eager_linear.BLOCK_BYTES)
+    for tokens in (1, 100, eager_linear.MAX_TOKENS):
+        assert 4 * tokens * plan.block(tokens, 10**9) <= eager_linear.BLOCK_BYTES < 4 * tokens * (plan.block(tokens, 10**9) + 1)
 
 
 def test_bfloat16_inputs_are_close_to_float32_and_get_bfloat16_gradients() -> None:
@@ -171,7 +179,7 @@ def test_the_weight_gradient_of_bfloat16_adds_up_chunks_in_float32() -> None:
     hidden, weight = torch.ones(tokens, 1, dtype=torch.bfloat16), torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     target, identity = torch.zeros(tokens, dtype=torch.int64), LogitShaping(None, None, None)
     options = {"return_raw": False, "head_bias_V": None, "softcap": None}
-    eager.from_hidden(hidden, weight, target, identity, **options, chunk_tokens=1)[0].sum().backward()
+    eager_linear.from_hidden(hidden, weight, target, identity, **options, max_tokens=1)[0].sum().backward()
     assert weight.grad is not None
     assert weight.grad.flatten().tolist() == [tokens / 2, -tokens / 2]
 
@@ -185,22 +193,6 @@ def test_only_the_gradients_asked_for_are_computed(backend: str) -> None:
         (logp.sum() + entropy.sum()).backward()
         other = "weight" if wanted == "hidden" else "hidden"
         assert inputs[wanted].grad is not None and inputs[other].grad is None
-
-
-def test_an_unused_entropy_costs_no_gradient_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    original = eager._softmax_gradient
-
-    def spy(*args: torch.Tensor | None) -> torch.Tensor:
-        seen.append(args[4] is not None)
-        return original(*args)  # pyright: ignore
-
-    monkeypatch.setattr(eager, "_softmax_gradient", spy)
-    inputs = _inputs(torch.float32)
-    inputs["hidden"].requires_grad_()
-    _linear(inputs, "eager")[0].sum().backward()
-    _linear(inputs, "eager")[1].sum().backward()
-    assert seen == [False, True]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -304,12 +296,33 @@ def test_logits_are_shaped_in_place_like_the_log_prob_kernels_shape_them() -> No
     torch.testing.assert_close(kernels.shape_logits_(logits.clone(), base=per_row), logits / per_row[:, None])
 
 
+def test_hapos_temperature_of_two_known_rows_has_its_worked_value() -> None:
+    # Statistics of fifteen entropies: pivot ln 0.9, spread 5.812970, largest signal 0.161410, smallest -3.150768.
+    spread, largest, smallest = 5.812970, 0.161410, -3.150768
+    rule = kernels.TemperatureRule(math.log(0.9), 1 / (largest * spread), 1 / (-smallest * spread), tau=0.05)
+    raw = torch.tensor([[2.0, 1.0, 0.0, -1.0], [6.0, 0.0, 0.0, 0.0]])
+    shaped = kernels.shape_logits_(raw.clone(), temperature_rule=rule)
+    torch.testing.assert_close(raw[:, 0] / shaped[:, 0], torch.tensor([1.002743, 0.992201]), atol=2e-6, rtol=0)
+    entropies = torch.tensor([1e-4, 0.04, 0.35, 0.9, 1.9, 2.3, 3.0])
+    expected = torch.tensor([0.975144, 0.991500, 0.997422, 1.0, 1.039819, 1.05, 1.05])
+    torch.testing.assert_close(rule(entropies), expected, atol=2e-6, rtol=0)
+
+
+def test_the_entropy_behind_a_temperature_is_that_of_the_raw_row_and_bears_banned_tokens() -> None:
+    logits = torch.tensor([[0.0, 0.0, -math.inf]])
+    seen: list[torch.Tensor] = []
+
+    def rule(entropy: torch.Tensor) -> torch.Tensor:
+        seen.append(entropy)
+        return torch.full_like(entropy, 2.0)
+
+    shaped = kernels.shape_logits_(logits, temperature_rule=rule, bias_ids=[0], bias_B=torch.tensor([3.0]), base=0.5)
+    assert shaped.tolist() == [[3.0, 0.0, -math.inf]]
+    torch.testing.assert_close(seen[0], torch.tensor([math.log(2.0)]))
+
+
 def test_logit_shaping_refuses_what_it_cannot_do() -> None:
     logits = torch.zeros(2, 3)
-    with pytest.raises(kernels.NotAvailable, match="temperature_rule is not available"):
-        kernels.shape_logits_(logits, temperature_rule=lambda entropy: entropy)
-    with pytest.raises(kernels.NotAvailable, match="'triton' is not available"):
-        kernels.shape_logits_(logits, backend="triton")
     with pytest.raises(ValueError, match="base must be above 0"):
         kernels.shape_logits_(logits, base=0.0)
     with pytest.raises(ValueError, match="bias_B is missing"):
