@@ -35,7 +35,8 @@ def alignment_kl(
         check_matrix(name, value)
         _same("student_TV", student_TV, name, value)
     _check_constants(r, eps)
-    return pick(_LOGITS, backend, auto="eager")(student_TV, dpo_TV.detach(), reverse_TV.detach(), r, eps)
+    kernel = pick(_LOGITS, backend, student_TV, ("triton_alignment", "from_logits"))
+    return kernel(student_TV, dpo_TV.detach(), reverse_TV.detach(), r, eps)
 
 
 def linear_alignment_kl(
@@ -64,7 +65,8 @@ def linear_alignment_kl(
             raise ValueError(f"{name} has (tokens, vocabulary) {found}, student has {expected}; they must agree")
     _check_constants(r, eps)
     frozen = [(hidden_TH.detach(), weight_VH.detach()) for hidden_TH, weight_VH in (dpo, reverse)]
-    return pick(_HIDDEN, backend, auto="eager")(student, *frozen, r, eps)
+    kernel = pick(_HIDDEN, backend, student[0], ("triton_alignment", "from_hidden"))
+    return kernel(student, *frozen, r, eps)
 
 
 def _check_constants(r: float, eps: float) -> None:

@@ -106,11 +106,10 @@ class _Sums:
         self.sum_T = self.sum_T * scale_T + e_TV.sum(dim=-1)
         self.top_T = top_T
 
-    def finish(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Log-prob of the target, entropy, ln Z."""
+    def finish(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-prob of the target, entropy, maximum m and ln s; ``ln Z = m + ln s`` in one number would round large logits."""
         log_sum_T = self.sum_T.log()
-        log_z_T = self.top_T + log_sum_T
-        return self.target_T - log_z_T, log_sum_T - self.weighted_T / self.sum_T, log_z_T
+        return (self.target_T - self.top_T) - log_sum_T, log_sum_T - self.weighted_T / self.sum_T, self.top_T, log_sum_T
 
 
 @dataclass(frozen=True)
@@ -191,7 +190,7 @@ class _FromHidden(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         dtype = compute_dtype(hidden_TH)
         count = 2 if plan.both else 1
-        found = [hidden_TH.new_empty(plan.target_T.numel(), dtype=dtype) for _ in range(3 * count)]
+        found = [hidden_TH.new_empty(plan.target_T.numel(), dtype=dtype) for _ in range(4 * count)]
         kept = hidden_TH.new_empty(plan.kept(weight_VH.shape[0]) * plan.target_T.numel(), dtype=dtype)
         # the backward pass runs outside autocast; the products it recomputes must be those made here
         with torch.autocast(hidden_TH.device.type, enabled=False):
@@ -204,12 +203,12 @@ class _FromHidden(torch.autograd.Function):
                         sums[1].absorb(views[2].copy_(views[0]), views[1], hit)
                     sums[0].absorb(blocks.shaping.apply_(views[0], block), views[1], hit)
                 for index, one in enumerate(sums):
-                    for value, whole in zip(one.finish(), found[3 * index :], strict=False):
+                    for value, whole in zip(one.finish(), found[4 * index :], strict=False):
                         whole[part] = value
         ctx.plan = plan
         ctx.kept = kept
-        ctx.save_for_backward(hidden_TH, weight_VH, bias_V, *(found[i] for i in range(3 * count) if i % 3))
-        return tuple(found[i] for i in range(3 * count) if i % 3 != 2)
+        ctx.save_for_backward(hidden_TH, weight_VH, bias_V, *(found[i] for i in range(4 * count) if i % 4))
+        return tuple(found[i] for i in range(4 * count) if i % 4 < 2)
 
     @staticmethod
     @once_differentiable
@@ -232,16 +231,17 @@ class _Wanted:
     logp_T: torch.Tensor | None
     entropy_grad_T: torch.Tensor | None
     entropy_T: torch.Tensor
-    log_z_T: torch.Tensor
+    top_T: torch.Tensor
+    log_sum_T: torch.Tensor
 
     @classmethod
     def of(cls, index: int, grads: tuple[torch.Tensor | None, ...], saved: list[torch.Tensor], part: slice) -> _Wanted | None:
         g, e = (None if grad is None else grad[part] for grad in grads[2 * index : 2 * index + 2])
-        return None if g is None and e is None else cls(g, e, saved[2 * index][part], saved[2 * index + 1][part])
+        return None if g is None and e is None else cls(g, e, *(value[part] for value in saved[3 * index : 3 * index + 3]))
 
     def gradient_(self, y_TV: torch.Tensor, spare_TV: torch.Tensor, hit: _Hits) -> torch.Tensor:
         """``-dL/dy = p (g + e (ln p + H)) - g 1[target]``, over ``y_TV``; g is left out when e is 0."""
-        y_TV.sub_(self.log_z_T[:, None])
+        y_TV.sub_(self.top_T[:, None]).sub_(self.log_sum_T[:, None])
         if self.entropy_grad_T is None:
             y_TV.exp_()
             y_TV[hit.row, hit.column] -= 1.0
@@ -260,7 +260,7 @@ class _Wanted:
         scale_T = self.logp_T if self.entropy_grad_T is None else None
         if temperature_T is None:
             return scale_T
-        inverse_T = temperature_T.to(self.log_z_T.dtype).reciprocal()
+        inverse_T = temperature_T.to(self.top_T.dtype).reciprocal()
         return inverse_T if scale_T is None else scale_T * inverse_T
 
 

@@ -47,7 +47,8 @@ def logprob_entropy(
     tokens, vocabulary = logits_TV.shape
     check_target(target_T, tokens=tokens, vocabulary=vocabulary, like=logits_TV)
     shaping = logit_shaping(temperature_T, bias_ids, bias_T, tokens=tokens, vocabulary=vocabulary, like=logits_TV)
-    return pick(_LOGITS, backend, auto="eager")(logits_TV, target_T.long(), shaping, return_raw=return_raw)
+    kernel = pick(_LOGITS, backend, logits_TV, ("triton_logprob", "from_logits"))
+    return kernel(logits_TV, target_T.long(), shaping, return_raw=return_raw)
 
 
 def linear_logprob_entropy(
@@ -87,5 +88,5 @@ def linear_logprob_entropy(
         raise ValueError(f"softcap must be above 0 or None, got {softcap}")
     check_target(target_T, tokens=tokens, vocabulary=vocabulary, like=hidden_TH)
     shaping = logit_shaping(temperature_T, bias_ids, bias_T, tokens=tokens, vocabulary=vocabulary, like=hidden_TH)
-    kernel = pick(_HIDDEN, backend, auto="eager")
+    kernel = pick(_HIDDEN, backend, hidden_TH, ("triton_linear", "from_hidden"))
     return kernel(hidden_TH, weight_VH, target_T.long(), shaping, return_raw=return_raw, head_bias_V=head_bias_V, softcap=softcap)

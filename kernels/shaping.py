@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.backends import fastest, pick
+from kernels.backends import pick
 from kernels.checks import check_matrix, check_shaping
 
 LOG_ZERO = -1e4
@@ -119,7 +119,8 @@ def shape_logits_(
     base_B = base if isinstance(base, torch.Tensor) else torch.full((rows,), base, dtype=torch.float32, device=logits_BV.device)
     ids = ids_tensor(bias_ids, device=logits_BV.device)
     check_shaping(base_B, ids, bias_B, rows=rows, vocabulary=vocabulary, like=logits_BV, names=("base", "bias_B"))
-    return pick(_SHAPE_LOGITS, backend, auto=fastest(logits_BV))(logits_BV, LogitShaping(base_B, ids, bias_B), temperature_rule)
+    kernel = pick(_SHAPE_LOGITS, backend, logits_BV, ("triton_shape", "shape_logits_"))
+    return kernel(logits_BV, LogitShaping(base_B, ids, bias_B), temperature_rule)
 
 
 def _shape_reference(

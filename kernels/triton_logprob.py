@@ -1,0 +1,179 @@
+"""Triton kernels over given logits: log-probability and entropy in one pass, their gradient in one more.
+
+A row's program walks over the vocabulary once and keeps, for the raw and the shaped distribution, the running maximum m,
+``s = sum e^(y - m)`` and ``u = sum (y - m) e^(y - m)``; then ``ln Z = m + ln s`` (kept as two numbers, one would round large
+logits) and ``H = ln s - u / s``. Bytes: one read of the
+logits forward, one read and one write backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from kernels.shaping import LOG_ZERO, LogitShaping
+
+Values = tuple[torch.Tensor, ...]
+
+FLOOR: tl.constexpr = tl.constexpr(-3.0e38)
+"""Stands for minus infinity in running maxima, where infinity minus infinity would give NaN."""
+ZERO: tl.constexpr = tl.constexpr(LOG_ZERO)
+
+
+@triton.jit
+def absorb(y, top, total, weighted):
+    """Take a tile of logits (R, C) into the running sums (R) of one distribution."""
+    new_top = tl.maximum(top, tl.max(y, axis=1))
+    shifted = tl.maximum(y - new_top[:, None], ZERO)
+    e = tl.exp(shifted)
+    drop = top - new_top
+    scale = tl.exp(drop)
+    weighted = (weighted + drop * total) * scale + tl.sum(e * shifted, axis=1)
+    return new_top, total * scale + tl.sum(e, axis=1), weighted
+
+
+@triton.jit
+def add_bias(z, columns, ids, bias, COUNT: tl.constexpr):
+    """Add bias (R) to the columns of the tile that are among ``ids``: a comparison for each, no memory traffic."""
+    for k in tl.static_range(COUNT):
+        z += tl.where(columns[None, :] == tl.load(ids + k), bias[:, None], 0.0)
+    return z
+
+
+@triton.jit
+def _forward(logits, stride, target, temperature, ids, bias, out, tokens, vocabulary,
+             SHAPED: tl.constexpr, RAW: tl.constexpr, IDS: tl.constexpr, TILE: tl.constexpr):
+    row = tl.program_id(0)
+    here = row + tl.zeros((1,), tl.int64)
+    wanted = tl.load(target + here)
+    inverse = 1.0 / tl.load(temperature + here) if SHAPED else tl.full((1,), 1.0, tl.float32)
+    shift = tl.load(bias + here) if IDS > 0 else tl.zeros((1,), tl.float32)
+    top, total, weighted = tl.full((1,), FLOOR, tl.float32), tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
+    raw_top, raw_total, raw_weighted = tl.full((1,), FLOOR, tl.float32), tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
+    hit, raw_hit = tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
+    for start in range(0, vocabulary, TILE):
+        columns = start + tl.arange(0, TILE)
+        inside = columns < vocabulary
+        z = tl.load(logits + here[:, None] * stride + columns[None, :], mask=inside[None, :], other=-float("inf")).to(tl.float32)
+        y = z
+        if IDS > 0:
+            y = add_bias(y, columns, ids, shift, IDS)
+        if SHAPED:
+            y = y * inverse[:, None]
+        at = columns[None, :] == wanted[:, None]
+        hit += tl.sum(tl.where(at, y, 0.0), axis=1)
+        top, total, weighted = absorb(y, top, total, weighted)
+        if RAW:
+            raw_hit += tl.sum(tl.where(at, z, 0.0), axis=1)
+            raw_top, raw_total, raw_weighted = absorb(z, raw_top, raw_total, raw_weighted)
+    tl.store(out + here, (hit - top) - tl.log(total))
+    tl.store(out + tokens + here, tl.log(total) - weighted / total)
+    tl.store(out + 2 * tokens + here, top)
+    tl.store(out + 3 * tokens + here, tl.log(total))
+    if RAW:
+        tl.store(out + 4 * tokens + here, (raw_hit - raw_top) - tl.log(raw_total))
+        tl.store(out + 5 * tokens + here, tl.log(raw_total) - raw_weighted / raw_total)
+        tl.store(out + 6 * tokens + here, raw_top)
+        tl.store(out + 7 * tokens + here, tl.log(raw_total))
+
+
+@triton.jit
+def slope(y, at, top, log_sum, entropy, grad_logp, grad_entropy):
+    """Gradient of a tile of logits: ``g 1[target] - p (g + e (ln p + H))``."""
+    logp = tl.maximum((y - top[:, None]) - log_sum[:, None], ZERO)
+    p = tl.exp(logp)
+    return tl.where(at, grad_logp[:, None], 0.0) - p * (grad_logp[:, None] + grad_entropy[:, None] * (logp + entropy[:, None]))
+
+
+@triton.jit
+def _backward(logits, stride, target, temperature, ids, bias, saved, grads, out, out_stride, tokens, vocabulary,
+              SHAPED: tl.constexpr, RAW: tl.constexpr, IDS: tl.constexpr, TILE: tl.constexpr):
+    row, column_block = tl.program_id(0), tl.program_id(1)
+    here = row + tl.zeros((1,), tl.int64)
+    columns = column_block * TILE + tl.arange(0, TILE)
+    inside = columns < vocabulary
+    z = tl.load(logits + here[:, None] * stride + columns[None, :], mask=inside[None, :], other=-float("inf")).to(tl.float32)
+    at = columns[None, :] == tl.load(target + here)[:, None]
+    y = z
+    if IDS > 0:
+        y = add_bias(y, columns, ids, tl.load(bias + here), IDS)
+    inverse = 1.0 / tl.load(temperature + here) if SHAPED else tl.full((1,), 1.0, tl.float32)
+    if SHAPED:
+        y = y * inverse[:, None]
+    grad = slope(y, at, tl.load(saved + 2 * tokens + here), tl.load(saved + 3 * tokens + here), tl.load(saved + tokens + here),
+                 tl.load(grads + here), tl.load(grads + tokens + here)) * inverse[:, None]
+    if RAW:
+        grad += slope(z, at, tl.load(saved + 6 * tokens + here), tl.load(saved + 7 * tokens + here),
+                      tl.load(saved + 5 * tokens + here),
+                      tl.load(grads + 2 * tokens + here), tl.load(grads + 3 * tokens + here))
+    place = out + here[:, None] * out_stride + columns[None, :]
+    tl.store(place, grad.to(out.dtype.element_ty), mask=inside[None, :])
+
+
+def from_logits(logits_TV: torch.Tensor, target_T: torch.Tensor, shaping: LogitShaping, *, return_raw: bool) -> Values:
+    """See `kernels.logprob_entropy`."""
+    values: Any = _FromLogits.apply(logits_TV, target_T, shaping, return_raw and not shaping.is_identity)
+    return values * 2 if return_raw and len(values) == 2 else tuple(values)
+
+
+class Arguments:
+    """A shaping as kernel arguments: every pointer is valid, and what is not used is switched off."""
+
+    def __init__(self, shaping: LogitShaping, like: torch.Tensor) -> None:
+        self.shaped = shaping.temperature_T is not None
+        self.count = 0 if shaping.bias_ids is None or shaping.bias_T is None else shaping.bias_ids.numel()
+        none = like.new_zeros(1, dtype=torch.float32)
+        self.temperature_T = none if shaping.temperature_T is None else shaping.temperature_T.float().contiguous()
+        self.ids = none.long() if shaping.bias_ids is None else shaping.bias_ids.contiguous()
+        self.bias_T = none if shaping.bias_T is None else shaping.bias_T.float().contiguous()
+
+    @property
+    def pointers(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.temperature_T, self.ids, self.bias_T
+
+
+def tile_of(vocabulary: int, *, most: int = 4096) -> int:
+    """Columns of one tile: a power of two, enough for the vocabulary or as many as registers bear."""
+    return min(most, triton.next_power_of_2(max(vocabulary, 16)))
+
+
+class _FromLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_TV: torch.Tensor, target_T: torch.Tensor, shaping: LogitShaping, raw: bool) -> Values:
+        ctx.set_materialize_grads(False)
+        logits_TV = logits_TV.contiguous()
+        tokens, vocabulary = logits_TV.shape
+        arguments = Arguments(shaping, logits_TV)
+        out = logits_TV.new_empty((8 if raw else 4, tokens), dtype=torch.float32)
+        options = {"SHAPED": arguments.shaped, "RAW": raw, "IDS": arguments.count, "TILE": tile_of(vocabulary)}
+        if tokens:
+            _forward[(tokens,)](logits_TV, logits_TV.stride(0), target_T, *arguments.pointers, out, tokens, vocabulary, **options)
+        ctx.save_for_backward(logits_TV, target_T, out)
+        ctx.arguments, ctx.options = arguments, options
+        return (out[0], out[1], out[4], out[5]) if raw else (out[0], out[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore
+        logits_TV, target_T, saved = ctx.saved_tensors
+        tokens, vocabulary = logits_TV.shape
+        if all(grad is None for grad in grads):
+            return None, None, None, None
+        upstream = stack_gradients(grads, saved[0])
+        out_TV = torch.empty_like(logits_TV)
+        tile = ctx.options["TILE"]
+        if tokens:
+            _backward[(tokens, triton.cdiv(vocabulary, tile))](
+                logits_TV, logits_TV.stride(0), target_T, *ctx.arguments.pointers, saved, upstream, out_TV, out_TV.stride(0),
+                tokens, vocabulary, **ctx.options,
+            )  # fmt: skip
+        return out_TV, None, None, None
+
+
+def stack_gradients(grads: tuple[torch.Tensor | None, ...], like_T: torch.Tensor) -> torch.Tensor:
+    """Upstream gradients as one matrix, zeros for those not asked for."""
+    return torch.stack([torch.zeros_like(like_T) if grad is None else grad.to(like_T.dtype) for grad in grads])
