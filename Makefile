@@ -3,7 +3,7 @@
 #   make test         the whole test suite (tests marked gpu are skipped where there is no GPU)
 #   make lint         ruff and pyright
 #   make gpu-test     the tests that need a GPU; see docs/gpu-checklist.md
-#   make bench-learning | bench-trl   the learning benchmark; one RL step against TRL's GRPOTrainer
+#   make bench-learning | bench-trl | bench-kernels   the learning benchmark; one RL step against TRL's GRPOTrainer; the kernels
 #   make docs         the documentation as a web site, in site/
 # Variables: PYTHON=python3.12, ARGS="max_steps=5" (quickstart, benchmarks), PYTEST_ARGS="-k budget -x" (test, gpu-test).
 
@@ -20,7 +20,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test gpu-test lint bench-learning bench-trl docs
+.PHONY: help install quickstart test gpu-test lint bench-learning bench-trl bench-kernels docs
 .DEFAULT_GOAL := help
 
 help:
@@ -49,6 +49,10 @@ bench-learning: install
 bench-trl: install
 	@bash .ci/install trl
 	$(BIN)/python -m tests.benchmarks.trl $(ARGS)
+
+bench-kernels: install
+	@bash .ci/install trl
+	$(BIN)/python -m tests.benchmarks.kernels $(ARGS)
 
 docs:
 	@bash .ci/install docs

@@ -62,7 +62,8 @@ class _FromHidden(torch.autograd.Function):
         heads, (r, eps) = arguments[:6], arguments[6:]
         kl_T, alpha_T = _outputs(heads[0])
         for part in _chunks(heads[0].shape[0], heads[1].shape[0]):
-            log_s, log_teacher, alpha_T[part] = _compose(*_logits(heads, part), r, eps)
+            student, dpo, reverse = _logits(heads, part)
+            log_s, log_teacher, alpha_T[part] = _compose(student, dpo, reverse, r, eps)
             kl_T[part] = (log_s.exp() * (log_s - log_teacher)).sum(dim=-1)
         ctx.save_for_backward(*heads, kl_T)
         ctx.constants = r, eps
@@ -77,7 +78,8 @@ class _FromHidden(torch.autograd.Function):
         grad_TH = torch.empty_like(hidden_TH) if ctx.needs_input_grad[0] else None
         grad_VH = torch.zeros_like(weight_VH, dtype=compute_dtype(weight_VH)) if ctx.needs_input_grad[1] else None
         for part in _chunks(hidden_TH.shape[0], weight_VH.shape[0]):
-            log_s, log_teacher, _ = _compose(*_logits(heads, part), *ctx.constants)
+            student, dpo, reverse = _logits(heads, part)
+            log_s, log_teacher, _ = _compose(student, dpo, reverse, *ctx.constants)
             grad_TV = _gradient(log_s, log_teacher, kl_T[part], grad_T[part]).to(weight_VH.dtype)
             if grad_TH is not None:
                 torch.mm(grad_TV, weight_VH, out=grad_TH[part])

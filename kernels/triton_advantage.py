@@ -4,6 +4,9 @@ A program owns one rollout and compares its group and budget with everyone's, N^
 below a millisecond), so group ids need no sorting and the host is never asked how many groups there are. Arithmetic is float64.
 """
 
+# Triton's decorator turns the functions below into launchers that pyright cannot follow.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import torch

@@ -6,6 +6,9 @@ Backward: for one block of the vocabulary a kernel recomputes the logits and wri
 the operands; two library products turn it into the gradients of hidden states and head. FLOPs 6 T H V, memory one block.
 """
 
+# Triton's decorator turns the functions below into launchers that pyright cannot follow.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from typing import Any

@@ -4,6 +4,9 @@ A row's program reads the row for its entropy and again, from the cache if it fi
 of the logits where the cache holds a row, two reads and one write where it does not.
 """
 
+# Triton's decorator turns the functions below into launchers that pyright cannot follow.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import torch

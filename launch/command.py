@@ -17,6 +17,7 @@ from pathlib import Path
 
 from launch.version import project_version
 from rl.errors import BudgetRLError, ConfigError
+from rl.waiting import StopRequested
 
 OVERRIDES_HELP = (
     "settings to change, such as learner.lr=1e-5, rollout.budgets=[32,64,free], model=NAME, data=NAME, hardware=gpu_node"
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = _parse(arguments)
         return options.run(options)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StopRequested):
         print("interrupted", file=sys.stderr)
         return 130
     except BudgetRLError as error:

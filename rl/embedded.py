@@ -13,6 +13,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AddedToken, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rl.errors import ConfigError
 from rl.settings import WarmStartSettings
 
 PAD, EOS, THINK, END_THINK = "<pad>", "<eos>", "<think>", "</think>"
@@ -67,14 +68,15 @@ def tiny_config(settings: WarmStartSettings) -> LlamaConfig:
     """Architecture of the embedded model: tied embeddings, no key-value sharing, about 2 million parameters by default.
 
     Raises:
-        ValueError: more width per head than any engine accepts.
+        ConfigError: more width per head than any engine accepts.
     """
     wanted = -(-settings.hidden_size // settings.heads)
     head_dim = next((size for size in HEAD_SIZES if size >= wanted), None)
     if head_dim is None:
-        raise ValueError(
-            f"warm_start.hidden_size={settings.hidden_size} over warm_start.heads={settings.heads} is {wanted} per head; "
-            f"at most {HEAD_SIZES[-1]} works, so use at least {-(-settings.hidden_size // HEAD_SIZES[-1])} heads"
+        raise ConfigError(
+            f"warm_start.hidden_size={settings.hidden_size} over warm_start.heads={settings.heads} is {wanted} per head, "
+            f"and the engine takes at most {HEAD_SIZES[-1]}",
+            fix=f"use at least {-(-settings.hidden_size // HEAD_SIZES[-1])} heads",
         )
     return LlamaConfig(
         vocab_size=len(VOCABULARY),

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rl.cluster import Workforce, connect, disconnect
+from rl.cluster import Workforce, check_cluster, connect, disconnect
 from rl.collection import Collector
 from rl.coordinator import make_leases
 from rl.errors import BudgetRLError
 from rl.run_folder import replace_text
-from rl.settings import Settings
+from rl.settings import ModelSettings, Settings
 from rl.step_metrics import accuracy_and_tokens
 from rl.types import Budget, BudgetKind, Prompt, Scored, Shaping, VerdictStatus
 from rl.waiting import StopFlag, wait_for
@@ -35,12 +35,18 @@ class EvalResult:
     tokens: float
     truncated: float
     unscored: int
+    """Answers that were lost or that no grader could judge; the other figures leave them out."""
     scored: tuple[Scored, ...]
 
     def metrics(self, prefix: str = "eval") -> dict[str, float]:
         """``eval/accuracy`` and so on; under a budget ``eval/<label>/accuracy``."""
         root = prefix if self.label == "free" else f"{prefix}/{self.label}"
-        return {f"{root}/accuracy": self.accuracy, f"{root}/tokens": self.tokens, f"{root}/truncated": self.truncated}
+        return {
+            f"{root}/accuracy": self.accuracy,
+            f"{root}/tokens": self.tokens,
+            f"{root}/truncated": self.truncated,
+            f"{root}/unscored": float(self.unscored),
+        }
 
 
 def evaluate(
@@ -105,26 +111,26 @@ def run_evaluation(settings: Settings, *, target: Path) -> int:
     from rich.table import Table
 
     from rl.data import load_problems
-    from rl.models import local_folder
-    from rl.preflight import check_resources
+    from rl.models import at_folder, local_folder, longest_context
+    from rl.preparation import check_context
     from rl.prompts import PromptEncoder, load_tokenizer
 
-    inner = target / "model"
-    path = str(inner if inner.is_dir() else target)
-    model = local_folder(settings.model.model_copy(update={"path": path, "gguf_file": None, "revision": None}))
-    tokenizer = load_tokenizer(settings.model.model_copy(update={"path": str(model)}))
+    model = local_folder(evaluated_model(settings.model, target))
+    check_context(settings, longest_context(model))
+    tokenizer = load_tokenizer(at_folder(settings.model, model))
+    plan = BudgetPlan(settings.rollout, tokenizer)
     held_out = load_problems(settings.data).held_out[: settings.eval.problems]
     prompts, dropped = PromptEncoder(tokenizer, settings.data).encode_all(held_out)
     resources = connect()
     workforce = Workforce(settings)
     try:
-        check_resources(settings, cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0))
+        check_cluster(settings, resources)
         with StopFlag() as stop:
             refs = [*workforce.launch_engines(model), *workforce.launch_scorers(special_tokens(tokenizer))]
             wait_for(refs, seconds=settings.rollout.start_deadline_s, what="engines and graders start", stop=stop)
             collector = Collector(workforce.engines, workforce.scorers, settings)
             with_budgets = settings.model_copy(update={"eval": settings.eval.model_copy(update={"with_budgets": True})})
-            results = evaluate(collector, BudgetPlan(settings.rollout, tokenizer), prompts, with_budgets, version=0, stop=stop)
+            results = evaluate(collector, plan, prompts, with_budgets, version=0, stop=stop)
     finally:
         workforce.close()
         disconnect()
@@ -145,6 +151,19 @@ def run_evaluation(settings: Settings, *, target: Path) -> int:
         print(f"{dropped} problems were longer than data.max_prompt_length={settings.data.max_prompt_length} and left out")
     print(json.dumps({name: round(value, 6) for result in results for name, value in result.metrics().items()}))
     return 0
+
+
+def evaluated_model(model: ModelSettings, target: Path) -> ModelSettings:
+    """The settings of the model meant by ``target``: a checkpoint, a model folder, or a hub id, whose pinned revision stays.
+
+    A folder is what it is: it has no revision, and a GGUF file only if the one that is configured lies there.
+    """
+    inner = target / "model"
+    folder = inner if inner.is_dir() else target
+    if not folder.is_dir():
+        return model.model_copy(update={"path": str(target)})
+    has_gguf = model.gguf_file is not None and (folder / model.gguf_file).is_file()
+    return model.model_copy(update={"path": str(folder), "revision": None, "gguf_file": model.gguf_file if has_gguf else None})
 
 
 def special_tokens(tokenizer: Any) -> list[str]:

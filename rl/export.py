@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -13,11 +14,13 @@ from typing import Any
 
 from rl.errors import BudgetRLError
 from rl.manifest import MANIFEST_NAME, CheckpointError, latest, read_manifest, verify
+from rl.models import MODEL_SUFFIXES
 from rl.types import Manifest
 
+log = logging.getLogger("budget_rl")
+
 MODEL_PREFIX = "model/"
-# Data formats only: weights in anything but safetensors may run code when they are loaded.
-_SUFFIXES = frozenset((".safetensors", ".json", ".txt", ".jinja", ".model", ".tiktoken"))
+_OTHER_WEIGHTS = frozenset((".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"))
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -32,8 +35,9 @@ class PushError(BudgetRLError):
 def export_checkpoint(checkpoint: Path, target: Path) -> Path:
     """Write the model of ``checkpoint`` (or of a run folder's newest checkpoint) into ``target`` as a Hugging Face folder.
 
-    The files are verified first; a model card and the end-of-sequence ids of the generation config are added. ``target`` must be
-    absent or empty and appears only when all of it is written. Raises CheckpointError for a damaged checkpoint, ExportError else.
+    The files are verified first; a model card and the end-of-sequence ids of the generation config are added, and what is no
+    part of the model is left out. ``target`` must be absent or empty and appears only when all of it is written. Raises
+    CheckpointError for a damaged checkpoint, ExportError else.
     """
     folder = find_checkpoint(checkpoint)
     manifest = read_manifest(folder)
@@ -43,8 +47,7 @@ def export_checkpoint(checkpoint: Path, target: Path) -> Path:
     # The card quotes the run's figures from state.json, so that file has to be proven too.
     if "state.json" in manifest.files:
         verify(folder, manifest, only="state.json")
-    names = [name.removeprefix(MODEL_PREFIX) for name in manifest.files if name.startswith(MODEL_PREFIX)]
-    _refuse_foreign_files(folder, names, allow_code=bool(_setting(manifest, "model.trust_remote_code")))
+    names = _model_files(folder, manifest)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.partial-") as scratch:
         staged = Path(scratch) / "model"
@@ -148,7 +151,7 @@ def _pushable_files(folder: Path, repo_id: str) -> list[str]:
     if not (folder / "config.json").is_file():
         raise PushError(f"{folder} is not an exported model: it lacks config.json", fix="export a checkpoint first")
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    _refuse_foreign_files(folder, names, allow_code=True, also=(".md",))
+    _refuse_foreign_files(folder, names, _allowed(code=True) | {".md"})
     return names
 
 
@@ -170,8 +173,24 @@ def _unreachable(endpoint: str, error: Exception) -> PushError:
     )
 
 
-def _refuse_foreign_files(folder: Path, names: list[str], *, allow_code: bool, also: tuple[str, ...] = ()) -> None:
-    allowed = _SUFFIXES | {*also, *((".py",) if allow_code else ())}
+def _model_files(folder: Path, manifest: Manifest) -> list[str]:
+    """The files of the checkpoint's model, without what else lay in the base model's folder: a README, code nobody trusted."""
+    names = [name.removeprefix(MODEL_PREFIX) for name in manifest.files if name.startswith(MODEL_PREFIX)]
+    allowed = _allowed(code=bool(_setting(manifest, "model.trust_remote_code")))
+    # Weights in another format are refused, not left out: nobody could say which ones were trained.
+    left_out = sorted(name for name in names if Path(name).suffix not in allowed | _OTHER_WEIGHTS)
+    if left_out:
+        log.warning("left out of the export, as no part of the model: %s", ", ".join(left_out))
+    kept = [name for name in names if name not in left_out]
+    _refuse_foreign_files(folder, kept, allowed)
+    return kept
+
+
+def _allowed(*, code: bool) -> frozenset[str]:
+    return MODEL_SUFFIXES | {".py"} if code else MODEL_SUFFIXES
+
+
+def _refuse_foreign_files(folder: Path, names: list[str], allowed: frozenset[str]) -> None:
     foreign = sorted(name for name in names if Path(name).suffix not in allowed)
     if foreign:
         raise ExportError(

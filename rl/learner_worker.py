@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,50 @@ def from_data_proto(data: DataProto) -> TrainBatch:
     return TrainBatch(start_N=start_N, **tokens, **rollouts)
 
 
+def gathered(named: Iterable[tuple[str, torch.Tensor]], *, keep: bool) -> list[tuple[str, torch.Tensor]] | None:
+    """All weights, or None on a rank that does not ``keep`` them: it takes part to the end, but holds one tensor at a time."""
+    if keep:
+        return list(named)
+    for _ in named:
+        pass
+    return None
+
+
+def save_random_state(folder: Path, rank: int) -> None:
+    """Write the state of every generator of this process: torch's as tensors, Python's and NumPy's as JSON (no pickle)."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    states = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    save_file(states, folder / f"learner-{rank}.safetensors")
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    plain = {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
+    (folder / f"learner-{rank}.json").write_text(json.dumps(plain) + "\n", encoding="utf-8")
+
+
+def load_random_state(folder: Path, rank: int) -> None:
+    """Restore what :func:`save_random_state` wrote.
+
+    A generator stays as it is where the checkpoint is older than its record, or was made without a GPU.
+    """
+    from safetensors.torch import load_file
+
+    states = load_file(folder / f"learner-{rank}.safetensors")
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    path = folder / f"learner-{rank}.json"
+    if not path.exists():
+        return
+    plain = json.loads(path.read_text(encoding="utf-8"))
+    version, internal, gauss = plain["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = plain["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+
+
 def _rendezvous() -> tuple[str, str]:
     """Address of this node and a free port on it."""
     address = ray.util.get_node_ip_address().strip("[]")
@@ -131,8 +177,8 @@ class LearnerWorker(Worker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     def collect_weights(self, number: int) -> WeightBundle | None:
         """All weights as one checksummed bundle (rank 0; the others take part in gathering and return None)."""
-        weights = list(self.learner.named_weights())
-        return bundle_weights(weights, number) if self.rank == 0 else None
+        weights = gathered(self.learner.named_weights(), keep=self.rank == 0)
+        return None if weights is None else bundle_weights(weights, number)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     def push_by_nccl(self, number: int, engines: list[Any], ranks_per_engine: int) -> None:
@@ -154,13 +200,10 @@ class LearnerWorker(Worker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     def save(self, folder: str) -> WeightVersion | None:
-        """Write this rank's optimiser and RNG state, and (rank 0) the model as a Hugging Face folder."""
+        """Write this rank's optimiser and random-number state, and (rank 0) the model as a Hugging Face folder."""
         root = Path(folder)
         self.learner.save(root / "learner")
-        (root / "rng").mkdir(parents=True, exist_ok=True)
-        from safetensors.torch import save_file
-
-        save_file({"torch": torch.get_rng_state()}, root / "rng" / f"learner-{self.rank}.safetensors")
+        save_random_state(root / "rng", self.rank)
         return self._save_model(root / "model")
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
@@ -169,19 +212,17 @@ class LearnerWorker(Worker):
         return self._save_model(Path(folder))
 
     def _save_model(self, folder: Path) -> WeightVersion | None:
-        weights = dict(self.learner.named_weights())  # a collective under ZeRO-3, so every rank takes part
-        if self.rank != 0:
+        weights = gathered(self.learner.named_weights(), keep=self.rank == 0)
+        if weights is None:
             return None
         tied = {alias for aliases in self.learner.tied_names.values() for alias in aliases}
-        state = {name: tensor for name, tensor in weights.items() if name not in tied}
+        state = {name: tensor for name, tensor in weights if name not in tied}
         self.learner.lm.save_pretrained(folder, state_dict=state, safe_serialization=True)
-        return bundle_weights(weights.items(), 0).version
+        return bundle_weights(weights, 0).version
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     def load(self, folder: str) -> None:
         """Restore the state written by :meth:`save` (checksums were verified by the driver)."""
-        from safetensors.torch import load_file
-
         root = Path(folder)
         self.learner.load(root / "learner")
-        torch.set_rng_state(load_file(root / "rng" / f"learner-{self.rank}.safetensors")["torch"])
+        load_random_state(root / "rng", self.rank)

@@ -26,6 +26,7 @@ FORMAT = 1
 MANIFEST_NAME = "manifest.json"
 PARTIAL = ".partial"
 REPLACED = ".replaced"
+ABANDONED = ".abandoned"
 _STEP_FOLDER = re.compile(r"step-(\d{6,})")
 _MANIFEST = TypeAdapter(Manifest)
 
@@ -180,6 +181,32 @@ def prune(checkpoints_dir: Path, keep: int) -> list[Path]:
         os.rename(folder, doomed)
         shutil.rmtree(doomed)
     return removed
+
+
+def abandon(checkpoints_dir: Path, kept: Path, step: int) -> list[Path]:
+    """Rename the checkpoints of a course that is left by going on from ``kept``, of ``step``; returns the new folders.
+
+    These are all others of ``step`` or later. As ``step-XXXXXX.abandoned`` nothing takes, counts or deletes them any more; a path
+    can still name them. A number is added where an earlier course left one of that name.
+    """
+    renamed = []
+    for folder in complete(checkpoints_dir):
+        if _step_of(folder) < step or folder.resolve() == kept.resolve():
+            continue
+        target, number = folder.with_name(folder.name + ABANDONED), 1
+        while target.exists():
+            number += 1
+            target = folder.with_name(f"{folder.name}{ABANDONED}-{number}")
+        try:
+            os.rename(folder, target)
+            _flush(checkpoints_dir)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot rename {folder}, which resuming from step {step} leaves behind: {error}",
+                fix="make the folder writable, or set another output.dir",
+            ) from error
+        renamed.append(target)
+    return renamed
 
 
 def incompatible_keys(old_config: Mapping[str, Any], new_config: Mapping[str, Any]) -> list[str]:

@@ -5,9 +5,11 @@ Only :func:`read_model_shape` imports torch and transformers, so a plan is made 
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rl.errors import ConfigError, ModelError
 from rl.settings import Settings
@@ -97,15 +99,24 @@ class ActorMemory:
 
     actor: str
     count: int
-    on_gpu: bool
-    weights: int
-    gradients: int
-    optimiser: int
-    activations: int
-    """Saved activations and the logit chunk of one micro-batch."""
-    kv_cache: int
     host: int
     """Host bytes whatever the device: the process itself and offloaded state."""
+    gpus: float = 0.0
+    """Ray GPUs of one actor; those with less than one may sit on the same GPU."""
+    gpu_fraction: float = 0.0
+    """Share of a GPU's memory that it claims however little it needs."""
+    weight_copies: int = 0
+    """Host bytes, whatever the device, of weights on their way to the engines or into a checkpoint."""
+    weights: int = 0
+    gradients: int = 0
+    optimiser: int = 0
+    activations: int = 0
+    """Saved activations and the logit chunk of one micro-batch."""
+    kv_cache: int = 0
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.gpus > 0
 
     @property
     def device_bytes(self) -> int:
@@ -113,7 +124,7 @@ class ActorMemory:
 
     @property
     def host_bytes(self) -> int:
-        return self.host if self.on_gpu else self.host + self.device_bytes
+        return self.host + self.weight_copies + (0 if self.on_gpu else self.device_bytes)
 
 
 @dataclass(frozen=True)
@@ -142,22 +153,12 @@ def derived_plan(settings: Settings) -> Plan:
         tokens_per_step=rollouts * (settings.data.max_prompt_length + rollout.max_length),
         placements=(
             Placement(
-                "rollout engine",
-                rollout.workers,
-                rollout.cpus_per_worker,
-                rollout.gpus_per_worker,
-                "rollout.workers",
-                "rollout.cpus_per_worker",
-                "rollout.gpus_per_worker",
+                *("rollout engine", rollout.workers, rollout.cpus_per_worker, rollout.gpus_per_worker),
+                *("rollout.workers", "rollout.cpus_per_worker", "rollout.gpus_per_worker"),
             ),
             Placement(
-                "learner rank",
-                learner.ranks,
-                learner.cpus_per_rank,
-                learner.gpus_per_rank,
-                "learner.ranks",
-                "learner.cpus_per_rank",
-                "learner.gpus_per_rank",
+                *("learner rank", learner.ranks, learner.cpus_per_rank, learner.gpus_per_rank),
+                *("learner.ranks", "learner.cpus_per_rank", "learner.gpus_per_rank"),
             ),
             Placement(
                 "reward worker", reward.workers, reward.cpus_per_worker, 0.0, "reward.workers", "reward.cpus_per_worker", None
@@ -176,14 +177,35 @@ def check_resources(settings: Settings, *, cpus: float, gpus: float) -> None:
                 fix=f"use a fraction below 1, or {math.ceil(placement.gpus)}",
             )
     rollout = settings.rollout
-    if rollout.gpus_per_worker and rollout.gpus_per_worker < rollout.tensor_parallel:
+    if 0 < rollout.gpus_per_worker < rollout.tensor_parallel > 1:
         raise ConfigError(
             f"rollout.tensor_parallel={rollout.tensor_parallel} needs as many GPUs per engine, "
             f"rollout.gpus_per_worker={rollout.gpus_per_worker:g}",
             fix=f"set rollout.gpus_per_worker={rollout.tensor_parallel} or lower rollout.tensor_parallel",
         )
+    _check_learner_gpus(settings)
     _check_supply("CPUs", plan.cpus, cpus, [(p, p.cpus, p.cpus_key) for p in plan.placements])
     _check_supply("GPUs", plan.gpus, gpus, [(p, p.gpus, p.gpus_key) for p in plan.placements if p.gpus_key is not None])
+
+
+def _check_learner_gpus(settings: Settings) -> None:
+    """Raise ConfigError for GPUs that a learner rank could not use, wherever Ray finds them."""
+    ranks, gpus = settings.learner.ranks, settings.learner.gpus_per_rank
+    if gpus > 1:
+        raise ConfigError(
+            f"learner.gpus_per_rank={gpus:g}: a rank computes on one GPU",
+            fix=f"set learner.gpus_per_rank=1 learner.ranks={ranks * math.ceil(gpus)}",
+        )
+    if 0 < gpus < 1 < ranks:
+        raise ConfigError(
+            f"learner.ranks={ranks} with learner.gpus_per_rank={gpus:g}: ranks could share a GPU, which NCCL refuses",
+            fix="set learner.ranks=1 or learner.gpus_per_rank=1",
+        )
+    if gpus == 0 and settings.rollout.transport == "nccl":
+        raise ConfigError(
+            "weights by NCCL go from GPU to GPU, and learner.gpus_per_rank=0",
+            fix="set learner.gpus_per_rank=1, or rollout.weight_transport=object_store",
+        )
 
 
 def _check_supply(unit: str, needed: float, has: float, demands: list[tuple[Placement, float, str]]) -> None:
@@ -208,30 +230,11 @@ def estimate_memory(settings: Settings, model_params: int, vocab: int, hidden: i
     """Bytes each actor will need, for a model of ``model_params`` parameters in ``layers`` blocks of ``hidden`` units."""
     shape = ModelShape(parameters=model_params, vocab=vocab, hidden=hidden, layers=layers)
     reward = settings.reward
-    grader = ActorMemory(
-        actor="reward worker",
-        count=reward.workers,
-        on_gpu=False,
-        weights=0,
-        gradients=0,
-        optimiser=0,
-        activations=0,
-        kv_cache=0,
-        host=REWARD_PROCESS_BYTES * (1 + reward.processes),
-    )
-    # The driver holds one copy of the weights in Ray's object store while engines without NCCL or IPC fetch them.
-    through_store = not settings.rollout.gpus_per_worker or settings.rollout.weight_transport == "object_store"
-    driver = ActorMemory(
-        actor="driver",
-        count=1,
-        on_gpu=False,
-        weights=_value_bytes(settings) * model_params if through_store else 0,
-        gradients=0,
-        optimiser=0,
-        activations=0,
-        kv_cache=0,
-        host=PROCESS_BYTES,
-    )
+    grader = ActorMemory("reward worker", reward.workers, host=REWARD_PROCESS_BYTES * (1 + reward.processes))
+    # Of the whole run: rank 0 gathers the weights and bundles them, and Ray's object store holds the bundle for the engines.
+    # By NCCL they go from GPU to GPU, but a checkpoint gathers and bundles them too.
+    copies = 3 if settings.rollout.transport == "object_store" else 2
+    driver = ActorMemory("driver", 1, host=PROCESS_BYTES, weight_copies=copies * _value_bytes(settings) * model_params)
     return MemoryEstimate((_engine_memory(settings, shape), _learner_memory(settings, shape), grader, driver))
 
 
@@ -242,18 +245,20 @@ def _value_bytes(settings: Settings) -> int:
 def _engine_memory(settings: Settings, shape: ModelShape) -> ActorMemory:
     rollout, size = settings.rollout, _value_bytes(settings)
     on_gpu = rollout.gpus_per_worker > 0
+    by_store = rollout.transport == "object_store"
     # On a GPU the cache takes what is left; one sequence of full length is the least that works (no key-value sharing assumed).
     longest = 2 * shape.layers * shape.hidden * size * (settings.data.max_prompt_length + rollout.max_length)
     return ActorMemory(
         actor="rollout engine",
         count=rollout.workers,
-        on_gpu=on_gpu,
+        host=PROCESS_BYTES,
+        gpus=rollout.gpus_per_worker,
+        gpu_fraction=rollout.gpu_memory_fraction if on_gpu else 0.0,
+        # Copied out of the object store one tensor at a time; as a rule the embedding is the largest.
+        weight_copies=size * shape.vocab * shape.hidden if by_store else 0,
         weights=size * shape.parameters // rollout.tensor_parallel,
-        gradients=0,
-        optimiser=0,
         activations=4 * rollout.max_concurrent * shape.vocab,
         kv_cache=longest // rollout.tensor_parallel if on_gpu else int(rollout.kv_cache_gb * GIB),
-        host=PROCESS_BYTES,
     )
 
 
@@ -268,25 +273,24 @@ def _learner_memory(settings: Settings, shape: ModelShape) -> ActorMemory:
     saved = per_layer * (shape.layers + ACTIVATION_FACTOR if learner.gradient_checkpointing else shape.layers * ACTIVATION_FACTOR)
     logits = 2 * 4 * min(tokens, LOGIT_CHUNK_TOKENS) * shape.vocab
     reference = size * n if settings.loss.kl_coef > 0 else 0
-    on_gpu = learner.gpus_per_rank > 0
-    offloaded = optimiser if learner.offload_optimizer and on_gpu else 0
+    offloaded = optimiser if learner.offload_optimizer and learner.gpus_per_rank else 0
     return ActorMemory(
         actor="learner rank",
         count=ranks,
-        on_gpu=on_gpu,
+        host=PROCESS_BYTES + offloaded,
+        gpus=learner.gpus_per_rank,
         weights=size * n // (ranks if stage == 3 else 1) + reference,
         gradients=size * n // (ranks if stage >= 2 else 1),
         optimiser=optimiser - offloaded,
         activations=saved + logits,
-        kv_cache=0,
-        host=PROCESS_BYTES + offloaded,
     )
 
 
 def check_memory(estimate: MemoryEstimate, available_bytes: int, *, gpu_bytes: int | None = None) -> None:
     """Raise ModelError with advice when the actors need more than ``available_bytes`` of host memory.
 
-    ``gpu_bytes`` is the size of one GPU; an actor on a GPU that needs more is refused likewise.
+    ``gpu_bytes`` is the size of one GPU; an actor on a GPU that needs more is refused likewise, and so are actors that together
+    claim more of a GPU they share.
     """
     if estimate.host_bytes > available_bytes:
         largest = max(estimate.actors, key=lambda actor: actor.count * actor.host_bytes)
@@ -302,13 +306,32 @@ def check_memory(estimate: MemoryEstimate, available_bytes: int, *, gpu_bytes: i
                 f"the largest part is {_largest_part(actor, host=False)}",
                 fix=_memory_advice(actor, host=False),
             )
+    if gpu_bytes is not None:
+        _check_shared_gpu(estimate, gpu_bytes)
+
+
+def _check_shared_gpu(estimate: MemoryEstimate, gpu_bytes: int) -> None:
+    """Raise ModelError when the heaviest crowd of fractional actors that Ray can put on one GPU claims more than it has."""
+    sharing = [actor for actor in estimate.actors if 0 < actor.gpus < 1]
+    claims = [max(actor.device_bytes, int(actor.gpu_fraction * gpu_bytes)) for actor in sharing]
+    crowds = itertools.product(*(range(actor.count + 1) for actor in sharing))
+    fitting = [crowd for crowd in crowds if sum(n * a.gpus for n, a in zip(crowd, sharing, strict=True)) <= 1 + 1e-6]
+    claimed, crowd = max((sum(n * claim for n, claim in zip(crowd, claims, strict=True)), crowd) for crowd in fitting)
+    if claimed > gpu_bytes:
+        who = ", ".join(
+            f"{n} x {a.actor} at {claim / GB:.1f} GB" for n, a, claim in zip(crowd, sharing, claims, strict=True) if n
+        )
+        raise ModelError(
+            f"actors that may share a GPU of {gpu_bytes / GB:.1f} GB claim {claimed / GB:.1f} GB of it: {who}",
+            fix="lower rollout.gpu_memory_fraction, or raise rollout.gpus_per_worker or learner.gpus_per_rank: fewer then share",
+        )
 
 
 def _parts(actor: ActorMemory, *, host: bool) -> dict[str, int]:
     on_device = {name: getattr(actor, name) for name in ("weights", "gradients", "optimiser", "activations", "kv_cache")}
     if not host:
         return on_device
-    return {"process": actor.host} | ({} if actor.on_gpu else on_device)
+    return {"process": actor.host, "weight_copies": actor.weight_copies} | ({} if actor.on_gpu else on_device)
 
 
 def _largest_part(actor: ActorMemory, *, host: bool) -> str:
@@ -333,33 +356,44 @@ _ADVICE = {
     "optimiser": "use a smaller model, learner.offload_optimizer=true (GPU), or more learner.ranks on other machines",
     "activations": "lower learner.tokens_per_microbatch (never changes the result) or set learner.gradient_checkpointing=true",
     "kv_cache": "lower rollout.kv_cache_gb (CPU), or rollout.max_length and data.max_prompt_length (GPU)",
+    "weight_copies": "use a smaller model or model.dtype=bfloat16",
     "process": "lower rollout.workers, reward.workers or reward.processes",
 }
 
 
-def read_model_shape(folder: Path, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> ModelShape:
+def read_model_shape(folder: Path, *, trust_remote_code: bool = False) -> ModelShape:
     """The sizes of the model in ``folder`` from its config.json alone: torch's meta device allocates no weights.
 
     Raises ModelError when the folder holds no configuration that transformers can read.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    extra = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, **extra)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        return _shape_of(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{folder} holds no model that can be read: {error}", fix="it needs a config.json of a causal LM"
         ) from error
+
+
+def planned_shape(settings: Settings, folder: Path | None) -> ModelShape:
+    """The sizes of the run's model: of ``folder``, or (None) of the embedded one that the warm start is yet to make."""
+    if folder is not None:
+        return read_model_shape(folder, trust_remote_code=settings.model.trust_remote_code)
+    from rl.embedded import tiny_config
+
+    assert settings.warm_start is not None
+    return _shape_of(tiny_config(settings.warm_start), trust_remote_code=False)
+
+
+def _shape_of(config: Any, *, trust_remote_code: bool) -> ModelShape:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
     # `parameters()` yields tied tensors once.
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return ModelShape(parameters, vocab=text.vocab_size, hidden=text.hidden_size, layers=text.num_hidden_layers)
-
-
-def count_parameters(model_folder: Path) -> int:
-    """Distinct parameters of the model in a folder (tied embeddings once), from config.json without loading weights."""
-    return read_model_shape(model_folder).parameters

@@ -1,25 +1,46 @@
-"""What a run needs before any worker starts: the model folder (warm-started if so configured), tokenizer, prompts and budgets."""
+"""What a run needs before any worker starts: the model folder (warm-started if so configured), tokenizer, prompts and budgets.
+
+`find_inputs` says all that can be said against a configuration without starting or training anything; `prepare_run` trains.
+"""
 
 from __future__ import annotations
 
 import logging
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rl.console import Console
 from rl.data import DataError, Problems, load_problems
-from rl.embedded import build_tiny
-from rl.models import local_folder
+from rl.embedded import build_tiny, tiny_config, tiny_tokenizer
+from rl.errors import ConfigError
+from rl.models import at_folder, local_folder, longest_context
 from rl.prompts import PromptEncoder, PromptStream, load_tokenizer
 from rl.settings import Settings
+from rl.traces import Trace, make_traces
 from rl.types import Prompt
 from rl.waiting import StopFlag
 from rollout.budgets import BudgetPlan
 
 log = logging.getLogger("budget_rl")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the configuration names, found, readable and fitting together; nothing was started or trained for it."""
+
+    model: Path | None
+    """None where the warm start is still to make it."""
+    traces: tuple[Trace, ...]
+    """What the warm start will learn from; empty where it has nothing to do."""
+    tokenizer: Any
+    stream: PromptStream
+    held_out: tuple[Prompt, ...]
+    plan: BudgetPlan
+    dropped_share: float
 
 
 @dataclass(frozen=True)
@@ -31,37 +52,98 @@ class Prepared:
     stream: PromptStream
     held_out: tuple[Prompt, ...]
     plan: BudgetPlan
-    dropped: int
     dropped_share: float
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What the configuration names, found and readable; nothing was started or trained for it."""
-
-    problems: Problems
-    model: Path | None
-    """None where the warm start is to make it."""
-
-
 def find_inputs(settings: Settings) -> Inputs:
-    """The problems and the model folder, so that a wrong name is an error before Ray starts or the warm start trains.
+    """Problems, model folder, tokenizer, prompts and budgets, so that a mistake is an error before Ray starts or anything trains.
 
-    Raises DataError or ModelError where they cannot be had.
+    Raises DataError, ModelError or ConfigError where they cannot be had or do not fit together.
     """
     warm = settings.warm_start
-    return Inputs(load_problems(settings.data, extra=warm.traces if warm else 0), None if warm else local_folder(settings.model))
+    if warm:
+        model, tokenizer = _cached_model(settings), tiny_tokenizer()
+        check_context(settings, tiny_config(warm).max_position_embeddings)
+    else:
+        model = local_folder(settings.model)
+        check_context(settings, longest_context(model))
+        tokenizer = load_tokenizer(at_folder(settings.model, model))
+    encoder = PromptEncoder(tokenizer, settings.data)
+    plan = BudgetPlan(settings.rollout, tokenizer)
+    problems = load_problems(settings.data, extra=warm.traces if warm else 0)
+    traces = []
+    if warm and model is None:
+        traces = make_traces(problems.extra, settings=warm, rollout=settings.rollout, tokenizer=tokenizer, encoder=encoder)
+    prompts, held_out, dropped = _encoded(settings, problems, encoder)
+    return Inputs(
+        model=model,
+        traces=tuple(traces),
+        tokenizer=tokenizer,
+        stream=PromptStream(prompts, settings.seed),
+        held_out=tuple(held_out[: settings.eval.problems]),
+        plan=plan,
+        dropped_share=dropped / max(len(problems.train), 1),
+    )
+
+
+def check_context(settings: Settings, positions: int | None) -> None:
+    """Raise ConfigError when the longest prompt and the longest response together exceed what the model takes.
+
+    ``positions`` is the model's maximum; None where that is not known, and the engine finds out.
+    """
+    prompt, response = settings.data.max_prompt_length, settings.rollout.max_length
+    if positions is not None and prompt + response > positions:
+        raise ConfigError(
+            f"data.max_prompt_length={prompt} and rollout.max_length={response} are {prompt + response} tokens together, "
+            f"and the model takes at most {positions}",
+            fix=f"set rollout.max_length to {positions - prompt} or less" if prompt < positions else "lower both",
+        )
 
 
 def prepare_run(settings: Settings, inputs: Inputs, console: Console, stop: StopFlag | None = None) -> Prepared:
-    """Model, prompts and budget plan; runs the warm start when it is configured and not cached.
+    """The inputs with a trained model; runs the warm start when it is configured and not cached."""
+    if settings.warm_start and inputs.model:
+        console.say(f"warm start: cached in {inputs.model}")
+    return Prepared(
+        model=inputs.model or warm_started(settings, inputs.traces, console, stop),
+        tokenizer=inputs.tokenizer,
+        stream=inputs.stream,
+        held_out=inputs.held_out,
+        plan=inputs.plan,
+        dropped_share=inputs.dropped_share,
+    )
 
-    Raises DataError when too few prompts are left.
-    """
-    problems = inputs.problems
-    model = inputs.model or warm_started(settings, problems, console, stop)
-    tokenizer = load_tokenizer(settings.model.model_copy(update={"path": str(model), "gguf_file": None, "revision": None}))
-    encoder = PromptEncoder(tokenizer, settings.data)
+
+def warm_started(settings: Settings, traces: Sequence[Trace], console: Console, stop: StopFlag | None) -> Path:
+    """The embedded tiny model after its supervised warm start on the traces, put into the cache."""
+    from rl.sft import cached_folder, train_warm_start, update_count
+
+    warm = settings.warm_start
+    assert warm is not None
+    target = cached_folder(settings)
+    started = time.monotonic()
+    target.parent.mkdir(parents=True, exist_ok=True)  # the cache: a folder that the learners' nodes may share, unlike /tmp
+    with tempfile.TemporaryDirectory(prefix="blank-", dir=target.parent) as scratch:
+        blank = Path(scratch)
+        build_tiny(blank, warm)
+        updates = update_count(len(traces), warm.batch_size, warm.epochs)
+        share = sum(trace.correct for trace in traces) / len(traces)
+        console.say(f"warm start: {len(traces)} noisy worked traces ({share:.0%} end right), {updates} updates")
+        with console.progress("warm start", total=updates) as advance:
+            loss = train_warm_start(settings, traces, blank, target, advance=advance, stop=stop)
+    console.say(f"warm start: loss {loss:.3f} nats/token after {time.monotonic() - started:.0f} s, kept in {target}")
+    return target
+
+
+def _cached_model(settings: Settings) -> Path | None:
+    from rl.sft import cached_folder
+
+    folder = cached_folder(settings)
+    return folder if (folder / "config.json").is_file() else None
+
+
+def _encoded(settings: Settings, problems: Problems, encoder: PromptEncoder) -> tuple[list[Prompt], list[Prompt], int]:
+    """Prompts to train on, held-out prompts, and how many of the former were too long; says so, and refuses too few."""
     prompts, dropped = encoder.encode_all(problems.train)
     held_out, dropped_held_out = encoder.encode_all(problems.held_out)
     if dropped or dropped_held_out:
@@ -77,40 +159,12 @@ def prepare_run(settings: Settings, inputs: Inputs, console: Console, stop: Stop
             f"{len(prompts)} prompts and {len(held_out)} held-out problems are left; a step needs {settings.prompts_per_step}",
             fix="raise data.size or data.max_prompt_length, or lower prompts_per_step or data.held_out",
         )
-    return Prepared(
-        model=model,
-        tokenizer=tokenizer,
-        stream=PromptStream(prompts, settings.seed),
-        held_out=tuple(held_out[: settings.eval.problems]),
-        plan=BudgetPlan(settings.rollout, tokenizer),
-        dropped=dropped,
-        dropped_share=dropped / max(len(problems.train), 1),
-    )
-
-
-def warm_started(settings: Settings, problems: Problems, console: Console, stop: StopFlag | None) -> Path:
-    """The embedded tiny model after its supervised warm start, from the cache if it was made before."""
-    from rl.sft import cached_folder, train_warm_start, update_count
-    from rl.traces import make_traces
-
-    warm = settings.warm_start
-    assert warm is not None
-    target = cached_folder(settings)
-    if (target / "config.json").is_file():
-        console.say(f"warm start: cached in {target}")
-        return target
-    started = time.monotonic()
-    target.parent.mkdir(parents=True, exist_ok=True)  # the cache: a folder that the learners' nodes may share, unlike /tmp
-    with tempfile.TemporaryDirectory(prefix="blank-", dir=target.parent) as scratch:
-        blank = Path(scratch)
-        build_tiny(blank, warm)
-        tokenizer = load_tokenizer(settings.model.model_copy(update={"path": str(blank)}))
-        encoder = PromptEncoder(tokenizer, settings.data)
-        traces = make_traces(problems.extra, settings=warm, rollout=settings.rollout, tokenizer=tokenizer, encoder=encoder)
-        updates = update_count(len(traces), warm.batch_size, warm.epochs)
-        share = sum(trace.correct for trace in traces) / len(traces)
-        console.say(f"warm start: {len(traces)} noisy worked traces ({share:.0%} end right), {updates} updates")
-        with console.progress("warm start", total=updates) as advance:
-            loss = train_warm_start(settings, traces, blank, target, advance=advance, stop=stop)
-    console.say(f"warm start: loss {loss:.3f} nats/token after {time.monotonic() - started:.0f} s, kept in {target}")
-    return target
+    # Only where it was asked for: the default with a small data.held_out means all of them.
+    if "problems" in settings.eval.model_fields_set and settings.eval.problems > len(held_out):
+        log.warning(
+            "eval.problems=%d, but only %d held-out problems are left of data.held_out=%d; evaluations use these",
+            settings.eval.problems,
+            len(held_out),
+            settings.data.held_out,
+        )
+    return prompts, held_out, dropped

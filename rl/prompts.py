@@ -9,11 +9,11 @@ from typing import cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rl.data import Problem
+from rl.data import DataError, Problem
+from rl.errors import ConfigError, ModelError
+from rl.models import TOKENIZER_FILES, has_tokenizer
 from rl.settings import DataSettings, ModelSettings
 from rl.types import Prompt
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
 
 
 class PromptEncoder:
@@ -23,7 +23,7 @@ class PromptEncoder:
     prompt added), else the question alone; any other template is plain text with `{question}`.
 
     Raises:
-        ValueError: a template without `{question}`; a system prompt where no chat template would carry it.
+        ConfigError: a template without `{question}`; a system prompt where no chat template would carry it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataSettings) -> None:
@@ -32,38 +32,49 @@ class PromptEncoder:
         self._chat = data.template == "auto" and bool(tokenizer.chat_template)
         self._template = "{question}" if data.template == "auto" else data.template
         if "{question}" not in self._template:
-            raise ValueError(f"data.template {data.template!r} must be `auto` or hold {{question}}")
+            raise ConfigError(
+                f"data.template={data.template!r} does not say where the question goes", fix="put {question} into it, or use auto"
+            )
         if data.system_prompt is not None and not self._chat:
-            raise ValueError("data.system_prompt needs the tokenizer's chat template; write the text into data.template instead")
+            raise ConfigError(
+                "data.system_prompt needs the tokenizer's chat template, which is missing or not used",
+                fix="write the text into data.template instead",
+            )
 
     def encode(self, question: str) -> tuple[int, ...]:
         """Token ids of the whole prompt, special tokens of the tokenizer included.
 
         Raises:
-            ValueError: a plain prompt holds text that the tokenizer cannot spell.
+            DataError: the chat template refuses the messages, or a plain prompt holds text that the tokenizer cannot spell.
         """
         if not self._chat:
             return self._encode_plain(self._template.replace("{question}", question))
         messages = [{"role": "user", "content": question}]
         if self._data.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": self._data.system_prompt})
-        ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        try:
+            ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        except Exception as error:  # a template refuses what it has no place for, often a system message, in its own way
+            raise DataError(
+                f"the chat template of model.path refuses a prompt: {error}",
+                fix="remove data.system_prompt if it is set, or write the whole prompt into data.template",
+            ) from error
         return tuple(cast(list[int], ids))  # tokenize=True with return_dict=False is a flat list of ids
 
     def _encode_plain(self, text: str) -> tuple[int, ...]:
         try:
             return tuple(self._tokenizer.encode(text))
         except Exception as error:  # the tokenizers library raises plain Exception, for example on a word it does not know
-            raise ValueError(
-                f"the tokenizer of model.path cannot encode {text!r} ({error}); the embedded model only spells its own task, "
-                f"so use another model for other data"
+            raise DataError(
+                f"the tokenizer of model.path cannot encode {text!r} ({error})",
+                fix="the embedded model only spells its own task; for other data use another model",
             ) from error
 
     def encode_all(self, problems: Sequence[Problem]) -> tuple[list[Prompt], int]:
         """Prompts in the order of `problems`, and how many were dropped for having more than `data.max_prompt_length` tokens.
 
         Raises:
-            ValueError: no prompt is short enough.
+            DataError: no prompt is short enough.
         """
         prompts = [
             Prompt(id=p.id, question=p.question, answer=p.answer, token_ids=self.encode(p.question), entry=p.entry_json)
@@ -72,9 +83,9 @@ class PromptEncoder:
         kept = [p for p in prompts if len(p.token_ids) <= self._data.max_prompt_length]
         if prompts and not kept:
             shortest = min(len(p.token_ids) for p in prompts)
-            raise ValueError(
-                f"every prompt is longer than data.max_prompt_length={self._data.max_prompt_length} tokens "
-                f"(the shortest has {shortest}); raise it"
+            raise DataError(
+                f"every prompt is longer than data.max_prompt_length={self._data.max_prompt_length} tokens",
+                fix=f"raise it: the shortest has {shortest}",
             )
         return kept, len(prompts) - len(kept)
 
@@ -83,12 +94,12 @@ class PromptStream:
     """An endless stream of prompts: epoch e is a permutation seeded by (seed, e), so a position is a single number.
 
     Raises:
-        ValueError: no prompts.
+        DataError: no prompts.
     """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
         if not prompts:
-            raise ValueError("there are no prompts to stream; check data.source and data.max_prompt_length")
+            raise DataError("there are no prompts to stream", fix="check data.source and data.max_prompt_length")
         self._prompts = tuple(prompts)
         self._seed = seed
         self._cached: tuple[int, list[int]] = (-1, [])
@@ -119,24 +130,24 @@ def load_tokenizer(model: ModelSettings) -> PreTrainedTokenizerBase:
     """The tokenizer of `model.path`, a hub id or a local folder (read from the GGUF file if one is named).
 
     Raises:
-        ValueError: the folder has no tokenizer files, or nothing can be loaded under that name.
+        ModelError: the folder has no tokenizer files, or nothing can be loaded under that name.
     """
     folder = Path(model.path).expanduser()
     local = folder.is_dir()
     if not local and model.path.startswith(("/", ".", "~")):
-        raise ValueError(f"model.path: there is no folder {folder}")
-    if local and model.gguf_file is None and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ValueError(
-            f"model.path: {folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); "
-            f"save one there with `tokenizer.save_pretrained`, or name model.gguf_file"
+        raise ModelError(f"model.path: there is no folder {folder}", fix="name a Hugging Face model folder")
+    if local and model.gguf_file is None and not has_tokenizer(folder):
+        raise ModelError(
+            f"model.path: {folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)})",
+            fix="save one there with `tokenizer.save_pretrained`, or name model.gguf_file",
         )
     extra = {} if model.gguf_file is None else {"gguf_file": model.gguf_file}
     try:
         return AutoTokenizer.from_pretrained(
             str(folder) if local else model.path, revision=model.revision, trust_remote_code=model.trust_remote_code, **extra
         )
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model.path: no tokenizer could be loaded from {model.path} ({error}); check the spelling and the network, "
-            f"or give a local folder"
+    except Exception as error:  # a damaged file, a missing package, the network: each its own kind, some of them plain Exception
+        raise ModelError(
+            f"model.path: no tokenizer could be loaded from {model.path} ({error})",
+            fix="check the files there, or the spelling and the network, or give another local folder",
         ) from error

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from rl.checkpointing import save_checkpoint
+from rl.checkpointing import Resume, save_checkpoint
 from rl.cluster import Workforce
 from rl.collection import Collector
 from rl.console import Console
@@ -21,7 +21,7 @@ from rl.preparation import Prepared
 from rl.run_folder import RunFolder
 from rl.settings import Settings
 from rl.step_metrics import advantage_metrics, learner_metrics, rollout_metrics
-from rl.step_rules import build_batch, check_learnable, check_scored, effective_correction, sample_record
+from rl.step_rules import build_batch, check_scored, effective_correction, idle_error, sample_record
 from rl.tracking import Tracker
 from rl.types import Manifest, Scored, Shaping, StepReport, TrainBatch
 from rl.waiting import StopFlag, StopRequested, wait_for
@@ -72,6 +72,17 @@ class Run:
         """The newest held-out figures and the step they were measured at."""
 
     # -- the loop --------------------------------------------------------------------------------------------------------
+
+    def begin(self, resume: Resume | None) -> None:
+        """Bring learner, engines and counters to where the run starts.
+
+        A fresh run pushes its weights too: engines that take them under other names or shapes fail now, not after a first step.
+        """
+        if resume is None:
+            self.push_weights()
+        else:
+            self.restore(*resume)
+            self.console.say(f"resumed from {resume[0].name}")
 
     def restore(self, checkpoint: Path, manifest: Manifest) -> None:
         """Bring the learner, the engines and the counters to the state after ``manifest.step``."""
@@ -131,9 +142,11 @@ class Run:
         check_scored(collected, settings.reward.max_unscored)
         batch, advantage_N, members = build_batch(collected.groups, settings)
         metrics = rollout_metrics(collected.groups) | advantage_metrics(advantage_N, batch)
-        metrics["rollouts/lost"] = float(len(collected.lost))
-        if progress.step == 0:
-            check_learnable(metrics, settings)
+        metrics |= {"rollouts/lost": float(len(collected.lost)), "prompts/dropped": self.prepared.dropped_share}
+        self.write_samples(progress.step + 1, members, advantage_N)
+        if progress.step == 0 and (error := idle_error(metrics, settings)) is not None:
+            self.record(StepReport(1, metrics))  # what the advice is about, on screen and on disk
+            raise error
         learning = time.monotonic()
         metrics |= self.update(batch)
         syncing = time.monotonic()
@@ -151,9 +164,7 @@ class Run:
             "time/step": ended - started,
             "rate/tokens_per_s": tokens / (ended - started),
             "tokens/total": float(progress.tokens_seen),
-            "prompts/dropped": self.prepared.dropped_share,
         }
-        self.write_samples(members, advantage_N)
         return StepReport(progress.step, metrics)
 
     def update(self, batch: TrainBatch) -> dict[str, float]:
@@ -200,13 +211,17 @@ class Run:
 
     # -- reporting -------------------------------------------------------------------------------------------------------
 
-    def publish(self, report: StepReport) -> None:
-        """Hand one report to every sink, and raise the alarms."""
+    def record(self, report: StepReport) -> None:
+        """Hand one report to every sink."""
         self.folder.append_metrics(report)
         self.tracker.step(report)
         self.console.step(report)
         if report.step == 1:
             self.console.first_step_table(report)
+
+    def publish(self, report: StepReport) -> None:
+        """Record a finished step and raise the alarms."""
+        self.record(report)
         m = report.metrics
         if abs(m["adv/mean"]) > ADVANTAGE_DRIFT * max(m["adv/std"], 1e-9) and m["adv/nonzero_tokens"] > 0:
             self.warn(
@@ -233,13 +248,13 @@ class Run:
             self.warned.add(key)
             log.warning(text)
 
-    def write_samples(self, members: list[Scored], advantage_N: torch.Tensor) -> None:
-        """A few rollouts of the step, spread over the batch, to samples.jsonl."""
+    def write_samples(self, step: int, members: list[Scored], advantage_N: torch.Tensor) -> None:
+        """A few rollouts of ``step``, spread over the batch, to samples.jsonl."""
         wanted = min(self.settings.output.samples_per_step, len(members))
         # A step further into its group each time, so that every budget gets its turn.
         stride = self.settings.rollout.samples_per_prompt // max(wanted, 1)
         picked = [(i * len(members) // wanted + i * stride) % len(members) for i in range(wanted)]
-        self.folder.append_samples(self.progress.step, [sample_record(members[i], float(advantage_N[i])) for i in picked])
+        self.folder.append_samples(step, [sample_record(members[i], float(advantage_N[i])) for i in picked])
 
     @property
     def evaluation_file(self) -> Path:

@@ -154,17 +154,24 @@ class RunFolder:
         for path in (self.metrics, self.samples, self.spool):
             self._guarded(lambda path=path: _keep_until(path, step))
 
-    def set_aside_earlier_run(self) -> RunFolder:
+    def log_size(self) -> int:
+        """Bytes in run.log; 0 where there is none."""
+        return self.log.stat().st_size if self.log.exists() else 0
+
+    def set_aside_earlier_run(self, *, log_from: int | None = None) -> RunFolder:
         """Make room for a fresh run: a folder with metrics or checkpoints is renamed to ``<name>.before-N``.
 
-        Nothing is deleted.
-        Returns this folder, empty; says in the log where the earlier run went.
+        Nothing is deleted. What run.log holds from byte ``log_from`` on is the fresh run's own and stays here.
+        Returns this folder, otherwise empty; says in the log where the earlier run went.
         """
         if self.metrics.exists() or any(self.checkpoints.glob("step-*")):
             number = 1
             while (kept := self.path.with_name(f"{self.path.name}.before-{number}")).exists():
                 number += 1
             self._guarded(lambda: self.path.rename(kept))
+            self._guarded(lambda: self.checkpoints.mkdir(parents=True, exist_ok=True))
+            if log_from is not None:
+                self._guarded(lambda: _move_tail(RunFolder(kept).log, self.log, log_from))
             logging.getLogger("budget_rl").info("the earlier run of this name was kept as %s", kept)
         self._guarded(lambda: self.checkpoints.mkdir(parents=True, exist_ok=True))
         return self
@@ -218,6 +225,15 @@ def _keep_until(path: Path, step: int) -> None:
         return
     kept = [line for line in read_lines(path) if "step" not in line or line["step"] <= step]
     replace_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+
+
+def _move_tail(old: Path, new: Path, start: int) -> None:
+    if not old.exists():
+        return
+    with old.open("rb+") as file:
+        file.seek(start)
+        new.write_bytes(file.read())
+        file.truncate(start)
 
 
 def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 BudgetChoice = Annotated[int, Field(gt=0)] | Literal["free"]
 
 
@@ -203,7 +204,7 @@ class AdvantageSettings(Section):
 class LossSettings(Section):
     clip_low: NonNegative = 0.2
     clip_high: NonNegative = 0.28
-    dual_clip: float | None = 3.0
+    dual_clip: float | None = Field(default=3.0, gt=1)
     """Bound on the loss of a negative advantage, in multiples of it; None switches it off."""
     kl_coef: NonNegative = 0.0
     """Weight of the KL to the frozen start policy; 0 keeps no reference model."""
@@ -221,8 +222,9 @@ class LearnerSettings(Section):
     offload_optimizer: bool = False
     lr: float = Field(default=1e-6, gt=0)
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """`linear` and `cosine` fall to 0 at `max_steps`, which they need."""
     warmup_steps: int = Field(default=0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: NonNegative = 0.01
     grad_clip: float = Field(default=1.0, gt=0)
     minibatches: Positive = 1
@@ -236,6 +238,12 @@ class LearnerSettings(Section):
     gradient_checkpointing: bool = False
     deadline_s: float = Field(default=1800.0, gt=0)
     """Longest wait for one update."""
+
+    @model_validator(mode="after")
+    def _offloads(self) -> LearnerSettings:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("learner.offload_optimizer has no effect with learner.zero_stage=0; use zero_stage 1, 2 or 3")
+        return self
 
 
 class EvalSettings(Section):
@@ -290,6 +298,14 @@ class WarmStartSettings(Section):
     seed: int = 0
     cache_dir: str = "~/.cache/budget-rl"
 
+    @model_validator(mode="after")
+    def _fills_a_batch(self) -> WarmStartSettings:
+        if self.traces < self.batch_size:
+            raise ValueError(
+                f"warm_start.traces={self.traces} do not fill one warm_start.batch_size={self.batch_size}; lower the batch size"
+            )
+        return self
+
 
 class Settings(Section):
     """A whole run."""
@@ -326,6 +342,19 @@ class Settings(Section):
     def _stops(self) -> Settings:
         if self.max_steps is None and self.max_tokens is None and self.max_minutes is None:
             raise ValueError("the run would never stop; set max_steps, max_tokens or max_minutes")
+        if self.learner.lr_schedule != "constant" and self.max_steps is None:
+            raise ValueError(
+                f"learner.lr_schedule={self.learner.lr_schedule} falls to 0 at max_steps, which is not set; set it, or constant"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _penalises_inside_the_response(self) -> Settings:
+        buffer, longest = self.reward.overlong_buffer, self.rollout.max_length
+        if buffer > longest:
+            raise ValueError(
+                f"reward.overlong_buffer={buffer} is longer than rollout.max_length={longest}; use {longest} or less"
+            )
         return self
 
     @model_validator(mode="after")

@@ -16,6 +16,7 @@ import torch
 from rl.batch import pack_rollouts
 from rl.cluster import Workforce
 from rl.learner_worker import to_data_proto
+from rl.models import MODEL_SUFFIXES
 from rl.settings import LearnerSettings, LossSettings, Settings
 from rl.traces import Trace
 from rl.types import Budget, BudgetKind, FinishReason, Lease, Prompt, Rollout, Shaping, TrainBatch
@@ -39,6 +40,8 @@ def cache_key(settings: Settings) -> str:
         "data": settings.data.model_dump(mode="json"),
         "sentence": [settings.rollout.budget_template, settings.rollout.free_template, settings.rollout.max_length],
     }
+    if settings.model.dtype != "float32":  # float32 adds nothing, so that models cached before this was a part keep their key
+        parts["dtype"] = settings.model.dtype
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -128,10 +131,14 @@ def update_count(traces: int, batch_size: int, epochs: int) -> int:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy everything of a model folder but weights and config.json: tokenizer, generation config, chat template."""
+    """Copy what makes up a model but its weights and config.json: tokenizer, generation config, chat template, code.
+
+    Code stays with the checkpoint, which may need it to load; an export takes it along only where it was trusted.
+    """
+    wanted = (MODEL_SUFFIXES | {".py"}) - {".safetensors"}
     for file in sorted(source.iterdir()):
-        is_weight = file.suffix in (".safetensors", ".gguf", ".bin", ".pt") or file.name.endswith(".index.json")
-        if file.is_file() and not is_weight and not (target / file.name).exists() and not file.name.startswith("."):
+        belongs = file.suffix in wanted and not file.name.endswith(".index.json") and not file.name.startswith(".")
+        if file.is_file() and belongs and not (target / file.name).exists():
             shutil.copy2(file, target / file.name)
 
 

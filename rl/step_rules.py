@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 
@@ -14,6 +15,9 @@ from rl.errors import BudgetRLError
 from rl.preflight import derived_plan
 from rl.settings import Settings
 from rl.types import Group, Scored, TrainBatch
+
+NO_ANSWER_SHARE = 0.9
+"""Share of answers cut or without a readable answer from which a step of equal rewards shows a wrong setting, not a hard task."""
 
 
 def effective_correction(settings: Settings) -> str:
@@ -71,14 +75,24 @@ def check_scored(collected: Collected, limit: float) -> None:
         )
 
 
-def check_learnable(metrics: dict[str, float], settings: Settings) -> None:
-    """Raise after the first rollouts when no token carries a learning signal."""
-    if settings.allow_idle or metrics["adv/nonzero_tokens"] > 0:
-        return
+def idle_error(metrics: Mapping[str, float], settings: Settings) -> BudgetRLError | None:
+    """What to raise after the first rollouts when they carry nothing to learn from; None when they do.
+
+    An advantage against a budget's ceiling (the paper's form, not centred) is not zero even where every answer of a group got the
+    same reward. Where nearly all answers have no answer in them, it only pushes them all one way.
+    """
+    if settings.allow_idle:
+        return None
     cut, malformed = metrics["verdict/truncated"], metrics["verdict/malformed"]
-    if cut > 0.5:
+    if metrics["adv/nonzero_tokens"] == 0:
+        found = "every advantage is zero"
+    elif metrics["group/flat"] == 1 and cut + malformed >= NO_ANSWER_SHARE:
+        found = f"{cut + malformed:.0%} of answers are cut or unreadable, and no group has two different rewards"
+    else:
+        return None
+    if cut + malformed > 0.5 and cut >= malformed:
         fix = f"{cut:.0%} of answers are cut at rollout.max_length={settings.rollout.max_length}: raise it"
-    elif malformed > 0.5:
+    elif cut + malformed > 0.5:
         fix = f"{malformed:.0%} of answers have no readable answer: compare data.extract={settings.data.extract} with samples"
     elif metrics["train/accuracy"] > 0.99:
         fix = "every answer is right: use harder data"
@@ -86,9 +100,7 @@ def check_learnable(metrics: dict[str, float], settings: Settings) -> None:
         fix = (
             "no group has both right and wrong answers: use easier data, or raise rollout.samples_per_prompt or prompts_per_step"
         )
-    raise BudgetRLError(
-        "nothing can be learnt from the first step: every advantage is zero", fix=f"{fix} (allow_idle=true goes on)"
-    )
+    return BudgetRLError(f"nothing can be learnt from the first step: {found}", fix=f"{fix} (allow_idle=true goes on)")
 
 
 def chosen_params(settings: Settings) -> dict[str, object]:

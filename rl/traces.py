@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from rl.data import Problem
+from rl.data import DataError, Problem
+from rl.errors import ConfigError
 from rl.prompts import PromptEncoder
 from rl.settings import RolloutSettings, WarmStartSettings
 from rl.types import Budget, BudgetKind
@@ -58,38 +59,51 @@ def make_traces(
     Trace i depends on (settings.seed, question i), so that more problems never change the earlier traces.
 
     Raises:
-        ValueError: a question that is not a sum, words outside the vocabulary, or a max_length below the shortest working.
+        DataError: a question that is not a sum, or with words outside the vocabulary.
+        ConfigError: a max_length below the shortest working.
     """
-    teacher = _Teacher(settings=settings, rollout=rollout, tokenizer=tokenizer)
-    return [teacher.trace(problem, encoder.encode(problem.question)) for problem in problems]
+    teacher = _Teacher(settings=settings, rollout=rollout, tokenizer=tokenizer, encoder=encoder)
+    return [teacher.trace(problem) for problem in problems]
 
 
 def parse_sum(question: str) -> list[int]:
     """Signed terms of the sum in `... : 4 + 3 - 5 =`, for example [4, 3, -5].
 
     Raises:
-        ValueError: the question has no such ending.
+        DataError: the question has no such ending.
     """
     expression = question.rpartition(":")[2].strip().removesuffix("=").split()
     signs, numbers = ["+", *expression[1::2]], expression[0::2]
     spelt = all(n.removeprefix("-").isdecimal() for n in numbers) and set(signs) <= {"+", "-"}
     if not spelt or len(signs) != len(numbers) or len(numbers) < 2:
-        raise ValueError(f"{question!r} is not a chain_sum question; the warm start only has a teacher for that task")
+        raise DataError(
+            f"{question!r} is not a chain_sum question, and the warm start only has a teacher for that task",
+            fix="use data.source=reasoning_gym:chain_sum, or switch to another model with warm_start=null and model.path",
+        )
     return [int(n) if sign == "+" else -int(n) for sign, n in zip(signs, numbers, strict=True)]
 
 
 class _Teacher:
-    def __init__(self, *, settings: WarmStartSettings, rollout: RolloutSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        *,
+        settings: WarmStartSettings,
+        rollout: RolloutSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder: PromptEncoder,
+    ) -> None:
         self._settings = settings
         self._rollout = rollout
         self._tokenizer = tokenizer
+        self._encoder = encoder
         self._plan = BudgetPlan(rollout, tokenizer)
         self._budgets = [b for b in TRACE_BUDGETS if b <= rollout.max_length]
         self._lines: dict[str, tuple[int, ...]] = {}
 
-    def trace(self, problem: Problem, prompt_ids: tuple[int, ...]) -> Trace:
+    def trace(self, problem: Problem) -> Trace:
         rng = random.Random(f"trace/{self._settings.seed}/{problem.question}")
-        terms = parse_sum(problem.question)
+        terms = parse_sum(problem.question)  # first: of another task the tokenizer could only say which word it does not know
+        prompt_ids = self._encoder.encode(problem.question)
         budget = self._draw_budget(rng)
         prefill = self._plan.prefill_ids(budget, prompt_ids)
         rate = self._check_rate(rng, budget, steps=len(terms) - 1, prefill=len(prefill))
@@ -97,9 +111,10 @@ class _Teacher:
         answer = working.write(rate, room=self._rollout.max_length - len(prefill))
         response = (*prefill, *working.ids, *self._encode(f"</think>{answer}{self._tokenizer.eos_token}"))
         if len(response) > self._rollout.max_length:
-            raise ValueError(
+            raise ConfigError(
                 f"rollout.max_length={self._rollout.max_length} is too short for the working of {problem.question!r}, "
-                f"{len(response)} tokens; raise it"
+                f"{len(response)} tokens",
+                fix="raise rollout.max_length, or make the sums shorter with data.task.max_terms",
             )
         return Trace(prompt_ids=prompt_ids, response_ids=response, budget=budget.tokens, correct=answer == sum(terms))
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rl.errors import ConfigError
 from rl.redaction import is_secret_name, redact
 from rl.run_folder import RunFolder, append_lines, read_lines, replace_text
 from rl.settings import TrackingSettings
@@ -42,7 +43,7 @@ class Tracker:
     No method waits for MLflow, except `finish`, up to `finish_deadline_s` seconds. Records MLflow does not take (server away or
     slow) go to the spool file of the run folder, with one warning for the whole run; they are sent when MLflow is back, tried
     every `retry_s` seconds and at `finish`, or by the next process that resumes the folder. A record that MLflow refuses for its
-    content is left out. `run_id` continues that run; None continues the one the folder belongs to, if any. Raises ValueError for
+    content is left out. `run_id` continues that run; None continues the one the folder belongs to, if any. Raises ConfigError for
     a tracking setting that is neither ``local``, ``off`` nor a URI.
     """
 
@@ -240,13 +241,16 @@ class Tracker:
 
 
 def tracking_uri(settings: TrackingSettings, folder: RunFolder) -> str | None:
-    """The MLflow tracking URI that the setting means; None for ``off``. Raises ValueError for anything that is not a URI."""
+    """The MLflow tracking URI that the setting means; None for ``off``. Raises ConfigError for anything that is not a URI."""
     if settings.mlflow == "off":
         return None
     if settings.mlflow == "local":
         return f"sqlite:///{folder.path.parent / 'mlflow.db'}"
     if "://" not in settings.mlflow and settings.mlflow != "databricks":
-        raise ValueError(f"tracking.mlflow={settings.mlflow!r} must be local, off, or a URI such as http://127.0.0.1:5000")
+        raise ConfigError(
+            f"tracking.mlflow={redact(settings.mlflow)!r} is no tracking URI",
+            fix="write local, off, or a URI with its scheme, such as http://127.0.0.1:5000",
+        )
     return settings.mlflow
 
 

@@ -1,26 +1,30 @@
-"""The conductor of a run: prepare, start, loop, stop. Each part lives elsewhere; this file is the order of things."""
+"""The conductor of a run: check, prepare, start, loop, stop. Each part lives elsewhere; this file is the order of things."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
 from launch.version import project_version
-from rl.checkpointing import find_resume
-from rl.cluster import Workforce, connect, disconnect
+from rl.checkpointing import Resume, find_resume, take_over
+from rl.cluster import Workforce, check_cluster, connect, disconnect
 from rl.console import Console, redirect_library_chatter
 from rl.evaluation import special_tokens
 from rl.figures import draw_curves, write_table
-from rl.preflight import check_memory, check_resources, estimate_memory, read_model_shape
+from rl.preflight import check_memory, estimate_memory, planned_shape
 from rl.preparation import Inputs, Prepared, find_inputs, prepare_run
 from rl.run import Run
 from rl.run_folder import RunFolder
 from rl.settings import Settings
 from rl.step_rules import chosen_params
-from rl.tracking import Tracker
-from rl.types import Manifest
+from rl.tracking import Status, Tracker, tracking_uri
 from rl.waiting import StopFlag, StopRequested, wait_for
+
+log = logging.getLogger("budget_rl")
 
 INTERRUPTED = 130
 """Exit status of a run stopped by Ctrl-C, as shells have it."""
@@ -29,111 +33,129 @@ INTERRUPTED = 130
 def run_training(settings: Settings, *, config_path: Path) -> int:
     """`budget-rl train`: the whole run; returns the exit status (0 done, 130 interrupted). Errors are raised, after clean-up."""
     folder = RunFolder.create(settings.output, config_path.stem)
+    log_from = folder.log_size()
     console = Console()
+    with ExitStack() as closing:
+        closing.callback(console.close)
+        redirect_library_chatter(folder.log)
+        console.opening(
+            folder,
+            {
+                "version": project_version(),
+                "model": settings.model.path,
+                "data": settings.data.source,
+                "method": f"{settings.reward.method} / {settings.advantage.estimator}",
+            },
+        )
+        try:
+            _run(settings, folder, console, log_from)
+        except StopRequested:
+            return INTERRUPTED
+        except BaseException as error:
+            console.record_error(error)  # the command line prints its message
+            raise
+    return 0
+
+
+def _run(settings: Settings, folder: RunFolder, console: Console, log_from: int) -> None:
     resume = find_resume(settings, folder)
-    if resume is None:
-        folder = folder.set_aside_earlier_run()
-    else:
-        folder.truncate_after(resume[1].step)
-    redirect_library_chatter(folder.log)
-    folder.write_config(settings.model_dump(mode="json"))
-    console.opening(
-        folder,
-        {
-            "version": project_version(),
-            "model": settings.model.path,
-            "data": settings.data.source,
-            "method": f"{settings.reward.method} / {settings.advantage.estimator}",
-        },
-    )
     inputs = find_inputs(settings)
-    tracker = Tracker(settings.tracking, folder, run_name=folder.name, run_id=resume[1].tracker_run_id if resume else None)
-    status = "FAILED"
+    tracking_uri(settings.tracking, folder)
+    workforce = Workforce(settings)
+    run: Run | None = None
+    with ExitStack() as closing:
+        closing.callback(disconnect)
+        stop = closing.enter_context(StopFlag())
+        try:
+            prepared = _prepare(settings, folder, inputs, console, stop)
+            # Nothing is left to refuse: only now is an earlier run of this folder moved or cut.
+            take_over(folder, settings, resume, log_from=log_from)
+            tracker = closing.enter_context(tracked(settings, folder, run_id=resume[1].tracker_run_id if resume else None))
+            redirect_library_chatter(folder.log)  # MLflow was imported meanwhile
+            start_actors(settings, workforce, prepared, stop)
+            run = Run(settings, prepared, workforce, folder, console, tracker, stop)
+            conduct(run, resume)
+        except StopRequested as error:
+            stop_cleanly(run, resume, console, error, asked=settings.resume)
+            raise
+        finally:
+            workforce.close()
+
+
+def _prepare(settings: Settings, folder: RunFolder, inputs: Inputs, console: Console, stop: StopFlag) -> Prepared:
+    """Join Ray and make what the actors start from; refuses a run that this cluster cannot hold."""
+    resources = connect()
+    stop.arm()
+    check_cluster(settings, resources)
+    shape = planned_shape(settings, inputs.model)
+    check_memory(
+        estimate_memory(settings, shape.parameters, shape.vocab, shape.hidden, shape.layers),
+        int(resources.get("memory", 0)),
+        gpu_bytes=torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None,
+    )
+    prepared = prepare_run(settings, inputs, console, stop)
+    redirect_library_chatter(folder.log)
+    return prepared
+
+
+@contextmanager
+def tracked(settings: Settings, folder: RunFolder, *, run_id: str | None) -> Iterator[Tracker]:
+    """The run in MLflow; at the end, however it ends, table and figure are drawn and the run is closed with its status."""
+    tracker = Tracker(settings.tracking, folder, run_name=folder.name, run_id=run_id)
+    status: Status = "FAILED"
     try:
         tracker.start(folder.config, chosen_params(settings))
-        with StopFlag() as stop:
-            code = _run(settings, inputs, folder, console, tracker, stop, resume)
-        status = "KILLED" if code == INTERRUPTED else "FINISHED"
-        return code
-    except BaseException as error:
-        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        yield tracker
+        status = "FINISHED"
+    except (StopRequested, KeyboardInterrupt):
+        status = "KILLED"
         raise
     finally:
         _write_outputs(folder, tracker)
         tracker.finish(status)
-        disconnect()
-        console.close()
 
 
-def _run(
-    settings: Settings,
-    inputs: Inputs,
-    folder: RunFolder,
-    console: Console,
-    tracker: Tracker,
-    stop: StopFlag,
-    resume: tuple[Path, Manifest] | None,
-) -> int:
-    resources = connect()
-    stop.arm()
-    check_resources(settings, cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0))
-    workforce = Workforce(settings)
-    run: Run | None = None
+def conduct(run: Run, resume: Resume | None) -> None:
+    """Evaluate, train, evaluate, save: everything that happens on started actors."""
+    settings, console = run.settings, run.console
+    run.begin(resume)
+    if run.finished():
+        console.say(f"the run had reached its end at step {run.progress.step}; raise max_steps to go on, or use resume=never")
+        if settings.eval.after and not run.evaluation_file.exists():
+            run.evaluate()  # the run was killed between its last checkpoint and the end of this
+        return
+    before = run.evaluate() if settings.eval.before and run.progress.step == 0 else {}
+    run.train()
     try:
-        prepared = prepare_run(settings, inputs, console, stop)
-        redirect_library_chatter(folder.log)
-        shape = read_model_shape(prepared.model, trust_remote_code=settings.model.trust_remote_code)
-        check_memory(
-            estimate_memory(settings, shape.parameters, shape.vocab, shape.hidden, shape.layers),
-            int(resources.get("memory", 0)),
-            gpu_bytes=torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None,
-        )
-        start_actors(settings, workforce, prepared, stop)
-        run = Run(settings, prepared, workforce, folder, console, tracker, stop)
-        if resume is not None:
-            run.restore(*resume)
-            console.say(f"resumed from {resume[0].name}")
-        if run.finished():
-            console.say(
-                f"the run had reached its end at step {run.progress.step}; raise max_steps to go on, or use resume=never"
-            )
-            if settings.eval.after and not run.evaluation_file.exists():
-                run.evaluate()  # the run was killed between its last checkpoint and the end of this
-            return 0
-        before = run.evaluate() if settings.eval.before and run.progress.step == 0 else {}
-        run.train()
-        try:
-            after = run.evaluate() if settings.eval.after else {}
-        finally:
-            run.save()  # after the evaluation, whose figures go into the model card, and also when it fails
-        summarise(console, before, after, folder)
-        return 0
-    except StopRequested as error:
-        stop_cleanly(run, console, error)
-        return INTERRUPTED
+        after = run.evaluate() if settings.eval.after else {}
     finally:
-        workforce.close()
+        run.save()  # after the evaluation, whose figures go into the model card, and also when it fails
+    summarise(console, before, after, run.folder)
 
 
 def start_actors(settings: Settings, workforce: Workforce, prepared: Prepared, stop: StopFlag) -> None:
     """Start engines, reward workers and learner ranks at once and wait for all of them."""
     engines = workforce.launch_engines(prepared.model)
     scorers = workforce.launch_scorers(special_tokens(prepared.tokenizer))
-    learners = workforce.launch_learners(prepared.model)
+    learners = workforce.launch_learners(prepared.model, stop=stop)
     seconds = settings.rollout.start_deadline_s
     wait_for(learners, seconds=seconds, what="learner ranks load the model", stop=stop)
     wait_for(scorers, seconds=seconds, what="reward workers start their graders", stop=stop)
     wait_for(engines, seconds=seconds, what="engines load the model", stop=stop)
 
 
-def stop_cleanly(run: Run | None, console: Console, error: StopRequested) -> None:
-    """Keep the last finished step."""
-    if run is None or run.progress.step == 0:
-        console.say(f"stopped ({error.cause}); no step was finished, nothing to keep")
+def stop_cleanly(run: Run | None, resume: Resume | None, console: Console, error: StopRequested, *, asked: str) -> None:
+    """Keep the last finished step and say how to go on; ``asked`` is the setting `resume` of this run."""
+    began = resume[1].step if resume else 0
+    if run is None or run.progress.step <= began:
+        kept = f"the same command goes on from {resume[0].name}" if resume else "nothing to keep"
+        console.say(f"stopped ({error.cause}); no step was finished, {kept}")
         return
     path = run.save()
     kept = path.name if path else f"step {run.progress.step}, saved before"
-    console.say(f"stopped ({error.cause}); checkpoint {kept}; the same command goes on from there")
+    # `never` would begin anew, and the name of a checkpoint would go back to that one.
+    command = "the same command" if asked == "auto" else "the same command with resume=auto"
+    console.say(f"stopped ({error.cause}); checkpoint {kept}; {command} goes on from there")
 
 
 def summarise(console: Console, before: dict[str, float], after: dict[str, float], folder: RunFolder) -> None:
@@ -153,7 +175,11 @@ def _write_outputs(folder: RunFolder, tracker: Tracker) -> None:
     """Table and figure from whatever metrics there are, also after a failure."""
     if not folder.metrics.exists():
         return
-    write_table(folder.metrics, folder.table)
-    draw_curves(folder.metrics, folder.figure)
+    try:
+        write_table(folder.metrics, folder.table)
+        draw_curves(folder.metrics, folder.figure)
+    except Exception as error:  # a full disk, a damaged line, any fault of the plotting library: the run ended as it ended
+        log.warning("table and curves could not be drawn from %s: %s", folder.metrics.name, error)
     for path in (folder.table, folder.figure):
-        tracker.artifact(path)
+        if path.exists():
+            tracker.artifact(path)

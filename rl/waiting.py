@@ -14,6 +14,8 @@ from rl.errors import BudgetRLError
 
 SLICE_S = 0.5
 """Longest time between two looks at the stop flag."""
+LATE = "raise the deadline in the configuration, or look in the log for what the worker was doing"
+"""What to do about most waits that ran out."""
 
 
 class DeadlineExceeded(BudgetRLError):
@@ -66,8 +68,8 @@ class StopFlag:
         return self._event.is_set()
 
 
-def wait_for(refs: Sequence[Any], *, seconds: float, what: str, stop: StopFlag | None = None) -> list[Any]:
-    """Results of all ``refs`` in order.
+def wait_for(refs: Sequence[Any], *, seconds: float, what: str, stop: StopFlag | None = None, fix: str = LATE) -> list[Any]:
+    """Results of all ``refs`` in order; ``fix`` is the advice when they do not come in time.
 
     Raises DeadlineExceeded after ``seconds``, WorkerLost when a worker died, WorkerFailed when its task raised, StopRequested
     when ``stop`` was set meanwhile; a BudgetRLError that a worker raised arrives as it was raised there.
@@ -83,7 +85,7 @@ def wait_for(refs: Sequence[Any], *, seconds: float, what: str, stop: StopFlag |
         if left <= 0:
             raise DeadlineExceeded(
                 f"{what}: {len(waiting)} of {len(refs)} answers missing after {seconds:.0f} s",
-                fix="raise the deadline in the configuration, or look in the log for what the worker was doing",
+                fix=fix,
             )
         done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=min(SLICE_S, left))
         for ref in done:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from rl.errors import ConfigError
 from rl.settings import RolloutSettings
 from rl.types import Budget, BudgetKind
 
@@ -17,7 +18,7 @@ class BudgetPlan:
     """Deals budgets to the members of a group and opens each response with its sentence (HBPO, section 3.1).
 
     Raises:
-        ValueError: the sentence of some member leaves no room below `rollout.max_length`.
+        ConfigError: the sentence of some member leaves no room below `rollout.max_length`, or cannot be spelt.
     """
 
     def __init__(self, settings: RolloutSettings, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -57,6 +58,9 @@ class BudgetPlan:
         """Token ids that open the response; prompt and sentence together open the thinking once.
 
         Some chat templates already end in `<think>`, with or without a newline; then the sentence's own one is left out.
+
+        Raises:
+            ConfigError: the tokenizer cannot spell the sentence.
         """
         sentence = budget.sentence
         tail = self._tokenizer.decode(list(prompt_ids[-TAIL:]), skip_special_tokens=False) if prompt_ids else ""
@@ -66,19 +70,29 @@ class BudgetPlan:
             # After "<think>\n" the sentence starts a line; its space only made sense behind its own <think>.
             sentence = sentence.lstrip() if tail[-1].isspace() else sentence
         if sentence not in self._encoded:
-            self._encoded[sentence] = tuple(self._tokenizer.encode(sentence, add_special_tokens=False)) if sentence else ()
+            self._encoded[sentence] = self._encode(sentence) if sentence else ()
         return self._encoded[sentence]
+
+    def _encode(self, sentence: str) -> tuple[int, ...]:
+        try:
+            return tuple(self._tokenizer.encode(sentence, add_special_tokens=False))
+        except Exception as error:  # the tokenizers library raises plain Exception on a word it does not know
+            raise ConfigError(
+                f"the tokenizer of model.path cannot encode the opening sentence {sentence!r} ({error})",
+                fix="the embedded model only knows the words of the default rollout.budget_template; keep to them, or use "
+                "another model",
+            ) from error
 
     def max_new_tokens(self, prefill_length: int) -> int:
         """Tokens left to generate: `rollout.max_length - prefill_length`, always positive.
 
         Raises:
-            ValueError: nothing is left.
+            ConfigError: nothing is left.
         """
         left = self._max_length - prefill_length
         if left <= 0:
-            raise ValueError(
-                f"rollout.max_length={self._max_length} leaves no room after an opening sentence of {prefill_length} tokens; "
-                f"raise rollout.max_length or shorten rollout.budget_template"
+            raise ConfigError(
+                f"rollout.max_length={self._max_length} leaves no room after an opening sentence of {prefill_length} tokens",
+                fix="raise rollout.max_length, or shorten rollout.budget_template and rollout.free_template",
             )
         return left

@@ -41,11 +41,14 @@ class WeightBundle:
     buffer: np.ndarray
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) pairs that share the buffer's memory."""
-        flat = torch.from_numpy(self.buffer if self.buffer.flags.writeable else self.buffer.copy())
+        """(name, tensor) pairs that share the buffer's memory.
+
+        Of a read-only buffer each is a copy, made when it is asked for: an engine that loads by layers never holds two models.
+        """
         for entry in self.entries:
-            dtype = getattr(torch, entry.dtype)
-            yield entry.name, flat[entry.start : entry.end].view(dtype).view(entry.shape)
+            part = self.buffer[entry.start : entry.end]
+            flat = torch.from_numpy(part) if part.flags.writeable else torch.tensor(part)
+            yield entry.name, flat.view(getattr(torch, entry.dtype)).view(entry.shape)
 
     def verify(self) -> None:
         """Raise WeightError unless the bytes are those that were sent."""

@@ -53,3 +53,18 @@ def test_weights_go_by_nccl_where_there_are_two_gpus(tmp_path: Path) -> None:
     )
     assert len(rows) == 3
     assert all(row["mismatch/mean"] < 1e-2 for row in rows)
+
+
+def test_an_actor_computes_on_the_gpu_it_was_given_and_on_none_otherwise(ray_cluster: None) -> None:
+    import ray
+
+    from rl.cluster import device_environment
+
+    @ray.remote(num_cpus=0)
+    def visible() -> int:
+        return torch.cuda.device_count()
+
+    def seen(gpus: float) -> int:
+        return ray.get(visible.options(num_gpus=gpus, runtime_env={"env_vars": device_environment(gpus)}).remote(), timeout=120)
+
+    assert (seen(0), seen(0.5)) == (0, 1)

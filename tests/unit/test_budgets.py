@@ -4,6 +4,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from rl.embedded import tiny_tokenizer
+from rl.errors import ConfigError
 from rl.settings import RolloutSettings
 from rl.types import BudgetKind
 from rollout.budgets import BudgetPlan
@@ -86,10 +87,15 @@ def test_the_opening_counts_in_the_length() -> None:
 
 @pytest.mark.parametrize("prefill", [160, 161])
 def test_an_opening_that_leaves_no_room_is_refused(prefill: int) -> None:
-    with pytest.raises(ValueError, match=r"rollout\.max_length=160 leaves no room"):
+    with pytest.raises(ConfigError, match=r"rollout\.max_length=160 leaves no room"):
         plan().max_new_tokens(prefill)
 
 
 def test_a_plan_whose_sentence_cannot_fit_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match=r"opening sentence of 10 tokens"):
+    with pytest.raises(ConfigError, match=r"opening sentence of 10 tokens"):
         plan(budgets=[8], max_length=10)
+
+
+def test_a_sentence_with_words_the_tokenizer_lacks_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="cannot encode the opening sentence '<think> hurry up, 32'(?s:.*)budget_template"):
+        plan(budget_template="<think> hurry up, {budget}")

@@ -15,6 +15,7 @@ from launch import command
 from launch.config import PACKAGED, load_settings
 from launch.submission import submit_command, submit_environment
 from rl.errors import BudgetRLError, ConfigError
+from rl.waiting import StopRequested
 
 ROOT = PACKAGED.parent
 QUICKSTART = str(PACKAGED / "quickstart.yaml")
@@ -158,9 +159,10 @@ def test_a_defect_is_short_on_screen_and_whole_in_a_file(
     log.unlink()
 
 
-def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), StopRequested("SIGINT while waiting for rollouts")])
+def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def interrupted(options: object) -> int:
-        raise KeyboardInterrupt
+        raise error
 
     monkeypatch.setattr(command, "_doctor", interrupted)
     assert command.main(["doctor"]) == 130

@@ -239,6 +239,13 @@ def test_a_wrong_type_names_key_value_and_what_is_expected(config: Path, overrid
         (["max_steps=null"], "never stop"),
         (["rollout.top_p=0.9"], "rollout.top_p cuts the sampling distribution"),
         (["model.trust_remote_code=true"], "model.revision"),
+        (["loss.dual_clip=1"], "loss.dual_clip=1: expected a number greater than 1"),
+        (["learner.betas=[0.9,1.0]"], "learner.betas.1=1.0: expected a number less than 1"),
+        (["learner.betas=[-0.1,0.9]"], "learner.betas.0=-0.1: expected a number greater than or equal to 0"),
+        (["reward.overlong_buffer=161"], "rollout.max_length=160; use 160 or less"),
+        (["learner.lr_schedule=cosine", "max_steps=null", "max_tokens=99"], "falls to 0 at max_steps, which is not set"),
+        (["learner.offload_optimizer=true", "learner.zero_stage=0"], "use zero_stage 1, 2 or 3"),
+        (["model=embedded", "warm_start={traces: 63}"], "do not fill one warm_start.batch_size=64"),
         (["advantage.estimator=hierarchical", "reward.method=correct"], "needs reward.method=hbpo"),
     ],
 )

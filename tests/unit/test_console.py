@@ -185,19 +185,48 @@ def test_a_closed_console_shows_no_more_notes(folder: RunFolder) -> None:
     assert "late" not in stream.getvalue()
 
 
-def test_an_error_is_one_line_and_its_traceback_is_in_the_log(folder: RunFolder) -> None:
+def test_the_traceback_of_an_error_and_its_cause_is_in_the_log_and_not_on_the_console(folder: RunFolder) -> None:
     console, stream = _opened(folder)
+    shown = stream.getvalue()
     try:
-        raise RuntimeError("first\n  second")
+        try:
+            raise KeyError("in the worker")
+        except KeyError as cause:
+            raise RuntimeError("first\n  second") from cause
     except RuntimeError as error:
-        console.error(error)
-    assert stream.getvalue().splitlines()[2:] == [f"error: RuntimeError: first | second  (details: {folder.log})"]
-    assert any("Traceback" in line for line in _logged(folder))
+        console.record_error(error)
+    assert stream.getvalue() == shown
+    logged = _logged(folder)
+    assert [line for line in logged if line.startswith(("KeyError", "RuntimeError"))] == [
+        "KeyError: 'in the worker'",
+        "RuntimeError: first",
+    ]
+    assert sum(line.startswith("Traceback") for line in logged) == 2
 
 
-def test_an_error_before_the_folder_exists_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    Console().error(ValueError("rollout.budgets must increase"))
-    assert capsys.readouterr().err == "error: rollout.budgets must increase\n"
+def test_a_log_that_cannot_be_written_does_not_hide_the_error(folder: RunFolder) -> None:
+    console, _ = _opened(folder)
+    folder.log.unlink()
+    folder.log.mkdir()
+    console.record_error(RuntimeError("the first error"))
+
+
+def test_the_log_goes_on_in_the_folder_of_the_fresh_run_when_an_earlier_one_is_set_aside(folder: RunFolder) -> None:
+    console, _ = _opened(folder)
+    console.say("earlier run")
+    folder.append_metrics(StepReport(1, {}))
+    earlier, began = folder.log.read_text(), folder.log_size()
+    redirect_library_chatter(folder.log)
+    logging.getLogger("library").info("while checking")
+    folder.set_aside_earlier_run(log_from=began)
+    logging.getLogger("library").info("while training")
+    console.say("step 1")
+    assert [line.split(": ")[-1] for line in _logged(folder) if "kept as" not in line] == [
+        "while checking",
+        "while training",
+        "step 1",
+    ]
+    assert (folder.path.with_name("run.before-1") / "run.log").read_text() == earlier
 
 
 def test_no_secret_reaches_console_or_log(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +241,7 @@ def test_no_secret_reaches_console_or_log(folder: RunFolder, monkeypatch: pytest
     try:
         raise RuntimeError(text)
     except RuntimeError as error:
-        console.error(error)
+        console.record_error(error)
         logging.getLogger("library").exception("failed")
     written = stream.getvalue() + folder.log.read_text()
     # A traceback quotes the line `text = f"..."` of this file, which holds no canary.

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rl.embedded import EOS, REFLECTION_WORDS, VOCABULARY, build_tiny, tiny_config, tiny_tokenizer
+from rl.errors import ConfigError
 from rl.settings import RolloutSettings, WarmStartSettings
 
 TEXTS = [
@@ -93,5 +94,5 @@ def test_the_default_model_loads_with_tied_heads_and_about_two_million_parameter
 
 def test_the_head_size_is_one_that_the_engine_accepts() -> None:
     assert tiny_config(WarmStartSettings(hidden_size=192, heads=4)).head_dim == 64  # 48 is not accepted
-    with pytest.raises(ValueError, match="use at least 3 heads"):
+    with pytest.raises(ConfigError, match="use at least 3 heads"):
         tiny_config(WarmStartSettings(hidden_size=384, heads=1))

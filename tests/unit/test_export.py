@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,21 @@ def test_code_of_the_base_model_is_exported_and_announced_only_when_it_was_trust
     card = (export_checkpoint(tmp_path / "trusted", tmp_path / "a") / "README.md").read_text()
     assert "trust_remote_code=True" in card and "abc123" in card
     write_checkpoint(tmp_path / "plain", 1, custom, config=config_of())
-    with pytest.raises(ExportError, match=r"modeling_custom\.py"):
-        export_checkpoint(tmp_path / "plain", tmp_path / "b")
+    assert not (export_checkpoint(tmp_path / "plain", tmp_path / "b") / "modeling_custom.py").exists()
+
+
+def test_papers_that_lay_beside_the_base_model_stay_behind_and_are_named(
+    tmp_path: Path, model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_papers = tmp_path / "base"
+    shutil.copytree(model_folder, with_papers)
+    for name in ("README.md", "LICENSE"):
+        (with_papers / name).write_text("of the base model")
+    write_checkpoint(tmp_path / "run", 1, with_papers, config=config_of())
+    target = export_checkpoint(tmp_path / "run", tmp_path / "model")
+    assert not (target / "LICENSE").exists()
+    assert (target / "README.md").read_text().startswith("---")
+    assert "left out of the export, as no part of the model: LICENSE, README.md" in caplog.text
 
 
 def test_a_damaged_model_file_is_not_exported(tmp_path: Path, model_folder: Path) -> None:

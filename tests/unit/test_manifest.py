@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from rl.errors import BudgetRLError, ConfigError
 from rl.manifest import (
     CheckpointError,
+    abandon,
     begin,
     check_resumable,
     commit,
@@ -100,6 +101,29 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     assert [p.name for p in prune(tmp_path, 2)] == ["step-000001", "step-000002"]
     assert [p.name for p in complete(tmp_path)] == ["step-000003", "step-000004"]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_checkpoints_of_an_abandoned_course_are_kept_but_neither_taken_nor_counted(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        write_checkpoint(tmp_path, step)
+    resumed = tmp_path / "step-000010"
+    renamed = abandon(tmp_path, resumed, 10)
+    assert [p.name for p in renamed] == ["step-000020.abandoned", "step-000030.abandoned"]
+    assert latest(tmp_path) == resumed
+    write_checkpoint(tmp_path, 20)
+    assert prune(tmp_path, 2) == []
+    verify(renamed[0], read_manifest(renamed[0]))
+    # A second course left at the same step does not overwrite the first.
+    assert [p.name for p in abandon(tmp_path, resumed, 10)] == ["step-000020.abandoned-2"]
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_going_on_from_an_abandoned_checkpoint_leaves_the_other_of_its_step(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 10)
+    resumed = write_checkpoint(tmp_path, 20).rename(tmp_path / "step-000020.abandoned")
+    write_checkpoint(tmp_path, 20)
+    assert [p.name for p in abandon(tmp_path, resumed, 20)] == ["step-000020.abandoned-2"]
+    assert resumed.is_dir() and latest(tmp_path) == tmp_path / "step-000010"
 
 
 def test_one_flipped_bit_is_found_and_the_previous_checkpoint_is_named(tmp_path: Path) -> None:

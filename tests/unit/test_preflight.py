@@ -18,9 +18,9 @@ from rl.preflight import (
     MemoryEstimate,
     check_memory,
     check_resources,
-    count_parameters,
     derived_plan,
     estimate_memory,
+    planned_shape,
     read_model_shape,
 )
 from rl.settings import Settings
@@ -104,8 +104,26 @@ def test_a_cluster_without_gpus_is_told_how_to_run_on_cpus() -> None:
 
 
 def test_a_fraction_above_one_gpu_is_refused_because_ray_refuses_it() -> None:
-    with pytest.raises(ConfigError, match=r"learner.gpus_per_rank=1.5(.|\n)*or 2"):
-        check_resources(make(learner={"gpus_per_rank": 1.5}), cpus=99, gpus=99)
+    with pytest.raises(ConfigError, match=r"rollout.gpus_per_worker=1.5(.|\n)*or 2"):
+        check_resources(make(rollout={"gpus_per_worker": 1.5}), cpus=99, gpus=99)
+
+
+@pytest.mark.parametrize(
+    ("sections", "fix"),
+    [
+        ({"learner": {"gpus_per_rank": 2, "ranks": 3}}, "learner.gpus_per_rank=1 learner.ranks=6"),
+        ({"learner": {"gpus_per_rank": 0.5, "ranks": 2}}, "learner.ranks=1 or learner.gpus_per_rank=1"),
+        ({"rollout": {"gpus_per_worker": 1, "weight_transport": "nccl"}}, "weight_transport=object_store"),
+    ],
+)
+def test_gpus_that_a_rank_could_not_use_are_refused_with_what_to_write(sections: dict[str, Any], fix: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_resources(make(**sections), cpus=99, gpus=99)
+    assert fix in str(caught.value)
+
+
+def test_an_engine_and_a_rank_may_share_one_gpu() -> None:
+    check_resources(make(rollout={"gpus_per_worker": 0.5}, learner={"gpus_per_rank": 0.5}), cpus=9, gpus=1)
 
 
 def test_tensor_parallelism_needs_as_many_gpus() -> None:
@@ -151,7 +169,17 @@ def test_the_engine_reserves_its_cache_on_cpu_and_at_least_one_sequence_on_gpu()
     assert engine_of(rollout={"kv_cache_gb": 2.0}).kv_cache == 2 * 2**30
     on_gpu = engine_of(rollout={"gpus_per_worker": 1, "max_length": 100}, data={"source": "x", "max_prompt_length": 50})
     assert on_gpu.kv_cache == 2 * 2 * 64 * 4 * 150
-    assert on_gpu.host_bytes == PROCESS_BYTES
+    assert on_gpu.host_bytes == PROCESS_BYTES + 4 * 100 * 64  # and one tensor at a time on its way in
+
+
+@pytest.mark.parametrize(
+    ("transport", "copies", "largest_tensor"), [("object_store", 3, 4 * 100 * 64), ("nccl", 2, 0)], ids=["object store", "NCCL"]
+)
+def test_weights_on_their_way_are_counted_on_the_host(transport: str, copies: int, largest_tensor: int) -> None:
+    settings = make(rollout={"gpus_per_worker": 1, "weight_transport": transport}, learner={"gpus_per_rank": 1})
+    engine, _, _, driver = estimate_memory(settings, N, 100, 64, 2).actors
+    assert (driver.weight_copies, engine.weight_copies) == (copies * 4 * N, largest_tensor)
+    assert driver.host_bytes == PROCESS_BYTES + copies * 4 * N
 
 
 def test_host_memory_counts_every_actor() -> None:
@@ -182,6 +210,26 @@ def test_a_model_too_large_for_a_gpu_is_refused() -> None:
         check_memory(estimate, 10**13, gpu_bytes=24 * GB)
 
 
+def test_what_shares_a_gpu_is_added_up_with_the_share_the_engine_claims() -> None:
+    def check(**rollout: Any) -> None:
+        settings = make(rollout={"gpus_per_worker": 0.5, **rollout}, learner={"gpus_per_rank": 0.5})
+        check_memory(estimate_memory(settings, GB, 1000, 1024, 8), 10**13, gpu_bytes=40 * GB)
+
+    check(gpu_memory_fraction=0.3)  # 12 GB beside a rank of about 22 GB
+    with pytest.raises(ModelError) as caught:
+        check(gpu_memory_fraction=0.6)
+    assert "may share a GPU of 40.0 GB" in str(caught.value)
+    assert "1 x rollout engine at 24.0 GB, 1 x learner rank at" in str(caught.value)
+    assert "lower rollout.gpu_memory_fraction" in str(caught.value)
+    with pytest.raises(ModelError, match="2 x rollout engine at 28.0 GB"):
+        check(workers=2, gpu_memory_fraction=0.7)
+
+
+def test_actors_with_a_gpu_each_are_not_added_up() -> None:
+    settings = make(rollout={"gpus_per_worker": 1, "workers": 4}, learner={"gpus_per_rank": 1})
+    check_memory(estimate_memory(settings, GB, 1000, 1024, 8), 10**13, gpu_bytes=40 * GB)
+
+
 def test_an_empty_estimate_needs_nothing() -> None:
     assert MemoryEstimate(()).host_bytes == 0
 
@@ -197,11 +245,20 @@ def test_parameters_are_counted_from_the_configuration_alone(tmp_path: Path, tie
     config.architectures = ["LlamaForCausalLM"]
     assert not list(tmp_path.glob("*.safetensors"))
     real = sum(parameter.numel() for parameter in LlamaForCausalLM(config).parameters())
-    assert count_parameters(tmp_path) == real
     shape = read_model_shape(tmp_path)
-    assert (shape.vocab, shape.hidden, shape.layers) == (50, 32, 2)
+    assert (shape.parameters, shape.vocab, shape.hidden, shape.layers) == (real, 50, 32, 2)
+    assert planned_shape(make(), tmp_path) == shape
+
+
+def test_the_embedded_models_sizes_are_known_before_its_warm_start(tmp_path: Path) -> None:
+    from rl.embedded import build_tiny
+
+    settings = make(warm_start={"hidden_size": 64, "layers": 2, "heads": 2})
+    assert settings.warm_start is not None
+    build_tiny(tmp_path, settings.warm_start)
+    assert planned_shape(settings, None) == read_model_shape(tmp_path)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="config.json"):
-        count_parameters(tmp_path)
+        read_model_shape(tmp_path)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from rl.data import Problem
+from rl.data import DataError, Problem
 from rl.embedded import build_tiny, tiny_tokenizer
+from rl.errors import ConfigError, ModelError
 from rl.prompts import PromptEncoder, PromptStream, load_tokenizer
 from rl.settings import DataSettings, ModelSettings, WarmStartSettings
 from rl.types import Prompt
@@ -46,18 +47,25 @@ def test_a_chat_template_carries_the_system_prompt_and_opens_the_answer() -> Non
 
 
 def test_a_system_prompt_that_nothing_would_carry_is_refused() -> None:
-    with pytest.raises(ValueError, match="needs the tokenizer's chat template"):
+    with pytest.raises(ConfigError, match="needs the tokenizer's chat template"):
         PromptEncoder(tiny_tokenizer(), data(system_prompt="check the answer"))
 
 
 def test_a_template_without_a_question_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"must be `auto` or hold \{question\}"):
+    with pytest.raises(ConfigError, match=r"fix: put \{question\} into it"):
         PromptEncoder(tiny_tokenizer(), data(template="the question"))
 
 
 def test_a_question_outside_the_vocabulary_raises_and_names_itself() -> None:
-    with pytest.raises(ValueError, match="cannot encode 'four plus three'"):
+    with pytest.raises(DataError, match="cannot encode 'four plus three'"):
         PromptEncoder(tiny_tokenizer(), data()).encode("four plus three")
+
+
+def test_a_chat_template_without_a_place_for_the_system_prompt_is_named() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    with pytest.raises(DataError, match=r"refuses a prompt: no system role(?s:.*)remove data\.system_prompt"):
+        PromptEncoder(tokenizer, data(system_prompt="check the answer")).encode("4 + 3 =")
 
 
 def test_long_prompts_are_dropped_and_counted() -> None:
@@ -71,7 +79,7 @@ def test_long_prompts_are_dropped_and_counted() -> None:
 
 def test_when_every_prompt_is_too_long_the_shortest_is_named() -> None:
     encoder = PromptEncoder(tiny_tokenizer(), data(max_prompt_length=3))
-    with pytest.raises(ValueError, match="the shortest has 4"):
+    with pytest.raises(DataError, match="the shortest has 4"):
         encoder.encode_all([problem("4 + 3 ="), problem("4 + 3 + 1 =")])
 
 
@@ -103,19 +111,26 @@ def test_another_seed_gives_another_order() -> None:
 
 
 def test_a_stream_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="no prompts"):
+    with pytest.raises(DataError, match="no prompts"):
         PromptStream([], 0)
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="has no tokenizer"):
+    with pytest.raises(ModelError, match="has no tokenizer"):
         load_tokenizer(ModelSettings(path=str(tmp_path)))
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is no folder"):
+    with pytest.raises(ModelError, match="there is no folder"):
         load_tokenizer(ModelSettings(path=str(tmp_path / "absent")))
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
+    build_tiny(tmp_path, WarmStartSettings(hidden_size=32, layers=1, heads=1))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match=f"no tokenizer could be loaded from {tmp_path}"):
+        load_tokenizer(ModelSettings(path=str(tmp_path)))
 
 
 def test_the_tokenizer_of_a_saved_model_is_loaded(tmp_path: Path) -> None:

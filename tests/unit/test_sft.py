@@ -71,6 +71,11 @@ def test_what_only_the_run_depends_on_finds_the_same_entry(changes: dict[str, An
     assert cache_key(_settings(**changes)) == cache_key(_settings())
 
 
+def test_a_bfloat16_model_is_not_taken_for_a_float32_one() -> None:
+    half = _settings().model_copy(update={"model": ModelSettings(path="embedded", dtype="bfloat16")})
+    assert cache_key(half) != cache_key(_settings())
+
+
 def test_a_run_without_warm_start_has_no_cache_entry() -> None:
     with pytest.raises(ValueError, match="no warm start"):
         cache_key(_settings(warm_start=None))
@@ -93,17 +98,19 @@ def test_the_warm_start_has_its_own_learner_on_one_rank_without_a_reference() ->
     assert own.loss.kl_coef == 0.0
 
 
-def test_copying_the_tokenizer_leaves_weights_and_existing_files_alone(tmp_path: Path) -> None:
+def test_copying_the_tokenizer_takes_the_model_along_without_weights_papers_and_existing_files(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
     target.mkdir()
-    weights = ("model.safetensors", "model.safetensors.index.json", "a.gguf")
-    for name in ("tokenizer.json", "chat_template.jinja", ".hidden", *weights):
+    weights = ("model.safetensors", "model.safetensors.index.json", "a.gguf", "tf_model.h5", "model.pth", "flax_model.msgpack")
+    papers = ("README.md", "LICENSE", "figure.png")
+    for name in ("tokenizer.json", "chat_template.jinja", "modeling_own.py", ".hidden.json", *weights, *papers):
         (source / name).write_text("source")
     (source / "config.json").write_text("source")
     (target / "config.json").write_text("target")
     copy_tokenizer(source, target)
-    assert sorted(p.name for p in target.iterdir()) == ["chat_template.jinja", "config.json", "tokenizer.json"]
+    copied = ["chat_template.jinja", "config.json", "modeling_own.py", "tokenizer.json"]
+    assert sorted(p.name for p in target.iterdir()) == copied
     assert (target / "config.json").read_text() == "target"
 
 

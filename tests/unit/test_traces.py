@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from rl.data import Problem, load_problems
+from rl.data import DataError, Problem, load_problems
 from rl.embedded import tiny_tokenizer
+from rl.errors import ConfigError
 from rl.prompts import PromptEncoder
 from rl.settings import DataSettings, RolloutSettings, WarmStartSettings
 from rl.traces import TRACE_BUDGETS, Trace, make_traces, parse_sum
@@ -45,8 +46,13 @@ def test_the_terms_of_a_sum_carry_their_signs() -> None:
 
 @pytest.mark.parametrize("question", ["What is 4 plus 3?", "problem: 4 * 3 =", "problem: 4 + =", "problem: 4 ="])
 def test_another_kind_of_question_is_refused(question: str) -> None:
-    with pytest.raises(ValueError, match="not a chain_sum question"):
+    with pytest.raises(DataError, match="not a chain_sum question(?s:.*)warm_start=null"):
         parse_sum(question)
+
+
+def test_another_task_is_told_from_an_unknown_word() -> None:
+    with pytest.raises(DataError, match="only has a teacher for that task"):
+        traces([Problem(question="How many legs do 4 dogs have?", answer="16", entry_json="{}")])
 
 
 def test_without_errors_and_re_checks_a_trace_is_the_plain_working() -> None:
@@ -123,5 +129,5 @@ def test_budgets_above_the_cap_are_not_asked_for(problems: Sequence[Problem]) ->
 
 
 def test_a_cap_below_the_bare_working_is_refused(problems: Sequence[Problem]) -> None:
-    with pytest.raises(ValueError, match=r"rollout\.max_length=20 is too short for the working"):
+    with pytest.raises(ConfigError, match=r"rollout\.max_length=20 is too short for the working"):
         traces(problems, rollout=RolloutSettings(max_length=20))

@@ -12,6 +12,7 @@ import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from rl.errors import ConfigError
 from rl.run_folder import RunFolder, read_lines
 from rl.settings import OutputSettings, TrackingSettings
 from rl.tracking import Tracker, tracking_uri
@@ -256,9 +257,10 @@ def test_tracking_off_writes_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["checkpoints", "config.yaml", "off"]
 
 
-def test_a_setting_that_is_no_uri_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'lokal' must be local, off, or a URI"):
-        tracking_uri(TrackingSettings(mlflow="lokal"), RunFolder(tmp_path))
+@pytest.mark.parametrize("value", ["lokal", "localhost:5000"])
+def test_a_setting_that_is_no_uri_is_refused(tmp_path: Path, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{value}' is no tracking URI(?s:.*)with its scheme"):
+        tracking_uri(TrackingSettings(mlflow=value), RunFolder(tmp_path))
 
 
 def test_the_folder_remembers_its_run_only_for_the_same_store(store: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from rl.collection import Collected
 from rl.errors import BudgetRLError
 from rl.settings import Settings
-from rl.step_rules import build_batch, check_learnable, check_scored, effective_correction, sample_record
+from rl.step_rules import build_batch, check_scored, effective_correction, idle_error, sample_record
 from rl.types import FinishReason, Group, VerdictStatus
 from tests.builders import make_group, make_lease, make_prompt, make_rollout, make_scored
 
@@ -97,7 +97,9 @@ def test_lost_rollouts_count_as_unscored() -> None:
         check_scored(_collected(1.0, 0.0, lost=("000000.0000.002: engine 0 died",)), 0.2)
 
 
-FLAT = {"adv/nonzero_tokens": 0.0, "verdict/truncated": 0.0, "verdict/malformed": 0.0, "train/accuracy": 0.0}
+FLAT = {
+    "adv/nonzero_tokens": 0.0, "group/flat": 1.0, "verdict/truncated": 0.0, "verdict/malformed": 0.0, "train/accuracy": 0.0,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -111,15 +113,39 @@ FLAT = {"adv/nonzero_tokens": 0.0, "verdict/truncated": 0.0, "verdict/malformed"
     ],
 )
 def test_a_first_step_without_signal_is_refused_with_advice_that_fits(found: dict[str, float], advice: str) -> None:
-    with pytest.raises(BudgetRLError) as caught:
-        check_learnable(FLAT | found, _settings())
-    assert caught.value.cause == "nothing can be learnt from the first step: every advantage is zero"
-    assert advice in caught.value.fix and "allow_idle=true" in caught.value.fix
+    error = idle_error(FLAT | found, _settings())
+    assert error is not None
+    assert error.cause == "nothing can be learnt from the first step: every advantage is zero"
+    assert advice in error.fix and "allow_idle=true" in error.fix
 
 
-def test_a_first_step_with_any_signal_or_with_leave_to_idle_goes_on() -> None:
-    check_learnable(FLAT | {"adv/nonzero_tokens": 0.01, "verdict/truncated": 0.9}, _settings())
-    check_learnable(FLAT, _settings(allow_idle=True))
+@pytest.mark.parametrize(
+    ("found", "advice"),
+    [
+        ({"verdict/truncated": 0.5, "verdict/malformed": 0.4}, "50% of answers are cut at rollout.max_length=4096: raise it"),
+        ({"verdict/truncated": 0.4, "verdict/malformed": 0.5}, "50% of answers have no readable answer: compare data.extract"),
+    ],
+)
+def test_advantages_against_a_ceiling_do_not_hide_that_nothing_was_answered(found: dict[str, float], advice: str) -> None:
+    error = idle_error(FLAT | {"adv/nonzero_tokens": 1.0} | found, _settings())
+    assert error is not None
+    assert error.cause.endswith("90% of answers are cut or unreadable, and no group has two different rewards")
+    assert advice in error.fix
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        {"group/flat": 0.9, "verdict/truncated": 0.95},
+        {"group/flat": 1.0, "verdict/truncated": 0.5, "verdict/malformed": 0.3},
+    ],
+)
+def test_a_first_step_with_any_signal_goes_on(found: dict[str, float]) -> None:
+    assert idle_error(FLAT | {"adv/nonzero_tokens": 0.01} | found, _settings()) is None
+
+
+def test_a_first_step_without_signal_goes_on_with_leave_to_idle() -> None:
+    assert idle_error(FLAT, _settings(allow_idle=True)) is None
 
 
 # -- correction and samples ------------------------------------------------------------------------------------------------
