@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from rl.settings import RolloutSettings
-from tests.builders import make_lease, make_prompt
 from tests.e2e.conftest import Finished
-from tests.e2e.runs import Workplace, records, step_records
+from tests.e2e.runs import ROOT, RUN_DEADLINE_S, Workplace, records, step_records
 
 
 @pytest.fixture(scope="module")
@@ -43,22 +43,22 @@ def test_transformers_and_vllm_load_the_exported_folder_and_agree(exported: Path
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rollout.engine import Engine
-
     tokenizer = AutoTokenizer.from_pretrained(exported)
     model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     ids = tokenizer.encode("State the final answer to the following arithmetic problem: 5 + 3 + 1 =")
-    prefill = tuple(tokenizer.encode("<think>", add_special_tokens=False))
-    lease = make_lease(prompt=make_prompt(token_ids=ids), prefill_ids=prefill)
-    settings = RolloutSettings(kv_cache_gb=0.1, max_length=160, max_concurrent=4)
-    (rollout,) = Engine(exported, settings, dtype="float32", max_prompt_length=32, seed=0).generate([lease])
-    sequence = torch.tensor([[*ids, *rollout.response_ids]])
+    prefill = tokenizer.encode("<think>", add_special_tokens=False)
+    # In a process of its own: vLLM binds its process's threads to cores and leaves a process group behind.
+    command = [sys.executable, "-m", "tests.e2e.generate_once", str(exported), json.dumps(ids), json.dumps(prefill)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=RUN_DEADLINE_S, check=False)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    sequence = torch.tensor([[*ids, *answer["response_ids"]]])
     start = len(ids) + len(prefill)
     with torch.no_grad():
         logp_TV = model(sequence).logits[0, start - 1 : -1].log_softmax(-1)
     expected_T = logp_TV.gather(1, sequence[0, start:, None]).squeeze(1)
-    assert len(rollout.logp_T) == len(expected_T) > 0
-    torch.testing.assert_close(torch.tensor(rollout.logp_T), expected_T, atol=1e-3, rtol=0)
+    assert len(answer["logp"]) == len(expected_T) > 0
+    torch.testing.assert_close(torch.tensor(answer["logp"]), expected_T, atol=1e-3, rtol=0)
 
 
 def test_eval_measures_a_checkpoint_with_and_without_budgets(workplace: Workplace, own_data: Finished) -> None:
