@@ -30,6 +30,8 @@ class _Plan:
     shaping: LogitShaping
     return_raw: bool
     chunk_tokens: int
+    inplace: bool = False
+    """The gradient is written over the logits."""
 
     def parts(self) -> Iterator[slice]:
         tokens = self.target_T.numel()
@@ -48,10 +50,11 @@ def from_logits(
     shaping: LogitShaping,
     *,
     return_raw: bool,
+    inplace_backward: bool = False,
     chunk_tokens: int | None = None,
 ) -> Values:
     """See `kernels.logprob_entropy`."""
-    plan = _plan(target_T, shaping, return_raw, chunk_tokens, vocabulary=logits_TV.shape[1])
+    plan = _plan(target_T, shaping, return_raw, chunk_tokens, inplace_backward, vocabulary=logits_TV.shape[1])
     return _finish(_FromLogits.apply(logits_TV, plan), return_raw)
 
 
@@ -60,13 +63,14 @@ def _plan(
     shaping: LogitShaping,
     return_raw: bool,
     chunk_tokens: int | None,
+    inplace: bool,
     *,
     vocabulary: int,
 ) -> _Plan:
     if chunk_tokens is None:
         chunk_tokens = max(1, CHUNK_BYTES // (4 * max(1, vocabulary)))
     # without shaping the raw values are the shaped ones: computing them twice would double the work
-    return _Plan(target_T, shaping, return_raw and not shaping.is_identity, chunk_tokens)
+    return _Plan(target_T, shaping, return_raw and not shaping.is_identity, chunk_tokens, inplace)
 
 
 def _finish(values: Any, return_raw: bool) -> Values:
@@ -93,7 +97,7 @@ class _FromLogits(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return None, None
         logits_TV, *entropies = ctx.saved_tensors
-        grad_TV = torch.empty_like(logits_TV)
+        grad_TV = logits_TV if ctx.plan.inplace else torch.empty_like(logits_TV)
         scratch = ctx.plan.scratch(logits_TV, vocabulary=logits_TV.shape[1])
         for part in ctx.plan.parts():
             z_TV, spare_TV = scratch[:, : part.stop - part.start]

@@ -30,6 +30,7 @@ def logprob_entropy(
     bias_T: torch.Tensor | None = None,
     return_raw: bool = False,
     backend: str = "auto",
+    inplace_backward: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """Log-probability of each target and entropy (nats) of each token's shaped distribution.
 
@@ -39,7 +40,8 @@ def logprob_entropy(
     Shapes: logits_TV (T, V) floating point, -inf allowed (a token that cannot occur); target_T (T) integer;
     temperature_T (T) above 0; bias_ids (K) distinct ids; bias_T (T). Returns (logp_T, entropy_T), and with ``return_raw`` also
     (raw_logp_T, raw_entropy_T) of softmax(z_t); float32 (float64 for float64 logits with ``backend="reference"``).
-    Differentiable in the logits only: temperature and bias are data.
+    Differentiable in the logits only: temperature and bias are data. ``inplace_backward`` lets the gradient overwrite the logits,
+    which must then be used for nothing else, and for one backward pass only: it saves T x V.
     Raises ValueError or TypeError naming the argument, NotAvailable for a backend that is not built; value ranges are
     checked on CPU only.
     """
@@ -48,7 +50,7 @@ def logprob_entropy(
     check_target(target_T, tokens=tokens, vocabulary=vocabulary, like=logits_TV)
     shaping = logit_shaping(temperature_T, bias_ids, bias_T, tokens=tokens, vocabulary=vocabulary, like=logits_TV)
     kernel = pick(_LOGITS, backend, logits_TV, ("triton_logprob", "from_logits"))
-    return kernel(logits_TV, target_T.long(), shaping, return_raw=return_raw)
+    return kernel(logits_TV, target_T.long(), shaping, return_raw=return_raw, inplace_backward=inplace_backward)
 
 
 def linear_logprob_entropy(

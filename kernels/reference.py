@@ -8,9 +8,9 @@ from kernels.shaping import LogitShaping
 
 
 def from_logits(
-    logits_TV: torch.Tensor, target_T: torch.Tensor, shaping: LogitShaping, *, return_raw: bool
+    logits_TV: torch.Tensor, target_T: torch.Tensor, shaping: LogitShaping, *, return_raw: bool, inplace_backward: bool = False
 ) -> tuple[torch.Tensor, ...]:
-    """See `kernels.logprob_entropy`."""
+    """See `kernels.logprob_entropy`; torch's own gradient never overwrites the logits, so ``inplace_backward`` saves nothing."""
     logits_TV = _at_least_float32(logits_TV)
     shaped = _values(shaping.apply_(logits_TV.clone()), target_T)
     return (*shaped, *_values(logits_TV, target_T)) if return_raw else shaped

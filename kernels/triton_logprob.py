@@ -117,9 +117,11 @@ def _backward(logits, stride, target, temperature, ids, bias, saved, grads, out,
     tl.store(place, grad.to(out.dtype.element_ty), mask=inside[None, :])
 
 
-def from_logits(logits_TV: torch.Tensor, target_T: torch.Tensor, shaping: LogitShaping, *, return_raw: bool) -> Values:
+def from_logits(
+    logits_TV: torch.Tensor, target_T: torch.Tensor, shaping: LogitShaping, *, return_raw: bool, inplace_backward: bool = False
+) -> Values:
     """See `kernels.logprob_entropy`."""
-    values: Any = _FromLogits.apply(logits_TV, target_T, shaping, return_raw and not shaping.is_identity)
+    values: Any = _FromLogits.apply(logits_TV, target_T, shaping, return_raw and not shaping.is_identity, inplace_backward)
     return values * 2 if return_raw and len(values) == 2 else tuple(values)
 
 
@@ -146,7 +148,9 @@ def tile_of(vocabulary: int, *, most: int = 4096) -> int:
 
 class _FromLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_TV: torch.Tensor, target_T: torch.Tensor, shaping: LogitShaping, raw: bool) -> Values:
+    def forward(
+        ctx: Any, logits_TV: torch.Tensor, target_T: torch.Tensor, shaping: LogitShaping, raw: bool, inplace: bool
+    ) -> Values:
         ctx.set_materialize_grads(False)
         logits_TV = logits_TV.contiguous()
         tokens, vocabulary = logits_TV.shape
@@ -156,7 +160,7 @@ class _FromLogits(torch.autograd.Function):
         if tokens:
             _forward[(tokens,)](logits_TV, logits_TV.stride(0), target_T, *arguments.pointers, out, tokens, vocabulary, **options)
         ctx.save_for_backward(logits_TV, target_T, out)
-        ctx.arguments, ctx.options = arguments, options
+        ctx.arguments, ctx.options, ctx.inplace = arguments, options, inplace
         return (out[0], out[1], out[4], out[5]) if raw else (out[0], out[1])
 
     @staticmethod
@@ -165,16 +169,17 @@ class _FromLogits(torch.autograd.Function):
         logits_TV, target_T, saved = ctx.saved_tensors
         tokens, vocabulary = logits_TV.shape
         if all(grad is None for grad in grads):
-            return None, None, None, None
+            return (None,) * 5
         upstream = stack_gradients(grads, saved[0])
-        out_TV = torch.empty_like(logits_TV)
+        # A program reads its tile before it writes it, and no other program touches it.
+        out_TV = logits_TV if ctx.inplace else torch.empty_like(logits_TV)
         tile = ctx.options["TILE"]
         if tokens:
             _backward[(tokens, triton.cdiv(vocabulary, tile))](
                 logits_TV, logits_TV.stride(0), target_T, *ctx.arguments.pointers, saved, upstream, out_TV, out_TV.stride(0),
                 tokens, vocabulary, **ctx.options,
             )  # fmt: skip
-        return out_TV, None, None, None
+        return out_TV, None, None, None, None
 
 
 def stack_gradients(grads: tuple[torch.Tensor | None, ...], like_T: torch.Tensor) -> torch.Tensor:

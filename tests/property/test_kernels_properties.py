@@ -79,6 +79,35 @@ def test_the_probabilities_of_all_tokens_add_up_to_one_under_any_shaping(backend
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@given(seed=seeds, size=sizes)
+def test_a_sparse_bias_equals_adding_it_to_the_logits(backend: str, seed: int, size: tuple[int, int]) -> None:
+    logits, target = _case(seed, size, 2.0)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randperm(size[1], generator=generator)[: max(1, size[1] // 2)]
+    bias = torch.randn(size[0], generator=generator)
+    dense = logits.clone()
+    dense[:, ids] += bias[:, None].to(dense.dtype)
+    sparse = kernels.logprob_entropy(logits, target, bias_ids=ids, bias_T=bias, backend=backend)
+    for value, other in zip(sparse, kernels.logprob_entropy(dense, target, backend=backend), strict=True):
+        torch.testing.assert_close(value, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(seed=seeds, size=sizes)
+def test_gradients_of_a_row_add_up_to_zero_and_repeat_exactly(backend: str, seed: int, size: tuple[int, int]) -> None:
+    logits, target = _case(seed, size, 2.0)
+    gradients = []
+    for _ in range(2):
+        leaf = logits.clone().requires_grad_()
+        logp, entropy = kernels.logprob_entropy(leaf, target, backend=backend)
+        (logp + 0.5 * entropy).sum().backward()
+        assert leaf.grad is not None
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+    assert gradients[0].sum(dim=-1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @given(seed=seeds, size=sizes, share=st.floats(0, 0.9))
 def test_impossible_tokens_act_as_if_the_vocabulary_did_not_hold_them(
     backend: str, seed: int, size: tuple[int, int], share: float

@@ -76,6 +76,22 @@ def test_values_and_gradients_from_hidden_states(shape: tuple[int, int, int], ki
     _compare(call, [case["hidden"], case["weight"], case["bias"]])
 
 
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_the_gradient_may_overwrite_the_logits(backend: str) -> None:
+    case = _case(5, 7, 11)
+    gradients = []
+    for inplace in (False, True):
+        leaf = (case["hidden"] @ case["weight"].T).requires_grad_()
+        logits = leaf * 1.0  # not a leaf: torch keeps those from being overwritten unseen
+        options = {**_shaping(case, "biased"), "inplace_backward": inplace}
+        values = kernels.logprob_entropy(logits, case["target"], backend=backend, **options)
+        before = logits.detach().clone()
+        (values[0] + values[1]).sum().backward()
+        gradients.append(leaf.grad)
+        assert torch.equal(logits.detach(), before) is not inplace
+    torch.testing.assert_close(*gradients)
+
+
 def test_small_blocks_of_the_backward_pass_change_nothing() -> None:
     from kernels import triton_linear
     from kernels.shaping import LogitShaping

@@ -54,6 +54,20 @@ def test_transformers_does_not_take_our_kernels_for_the_hub_package_from_the_whe
     assert (version, available) == ("0.0.0", "False")
 
 
+def test_the_kernels_need_torch_and_nothing_else() -> None:
+    """Import them and run one of each kind, with every other package of ours and of theirs made impossible to import."""
+    probe = (
+        "import sys\n"
+        "for name in ('rl', 'rollout', 'reward', 'launch', 'ray', 'verl', 'vllm', 'deepspeed', 'transformers', 'pydantic'):\n"
+        "    sys.modules[name] = None\n"
+        "import torch, kernels\n"
+        "kernels.linear_logprob_entropy(torch.ones(2, 3), torch.ones(5, 3), torch.zeros(2, dtype=torch.int64))\n"
+        "kernels.group_normalised_advantage(torch.ones(2), torch.zeros(2, dtype=torch.int64))\n"
+        "print('triton' in sys.modules)"
+    )
+    assert _run([sys.executable, "-c", probe], cwd=ROOT).strip() == "False"
+
+
 def test_the_version_stays_below_the_one_transformers_looks_for(wheel: Path) -> None:
     major, minor = (int(part) for part in wheel.name.split("-")[1].split(".")[:2])
     assert (major, minor) < (0, 10)
