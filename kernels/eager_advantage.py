@@ -12,60 +12,76 @@ GUARD_FLOOR = 1e-6
 
 
 class Scattered:
-    """Groups of any size and order: ``index_N`` is each member's group number."""
+    """Groups of any size and order: ``index_N`` is each member's group number. Everything has shape (N)."""
 
     def __init__(self, label_N: torch.Tensor, valid_N: torch.Tensor) -> None:
         self.labels, self.index_N = torch.unique(label_N, return_inverse=True)
         self.valid_N = valid_N
+        self.size = self.total(torch.ones_like(valid_N, dtype=torch.float64))
+
+    def shaped(self, value_N: torch.Tensor) -> torch.Tensor:
+        """The values in the shape in which the sums work."""
+        return value_N
 
     def total(self, value_N: torch.Tensor) -> torch.Tensor:
-        """Each member's group sum over valid members, (N)."""
+        """Each member's group sum over valid members."""
         value_N = torch.where(self.valid_N, value_N, 0.0)
         return value_N.new_zeros(self.labels.numel()).index_add_(0, self.index_N, value_N)[self.index_N]
 
     def extreme(self, value_N: torch.Tensor, *, largest: bool) -> torch.Tensor:
-        """Each member's group maximum (or minimum) over valid members, (N)."""
+        """Each member's group maximum (or minimum) over valid members."""
         fill = -torch.inf if largest else torch.inf
         value_N = torch.where(self.valid_N, value_N, fill)
         start = value_N.new_full((self.labels.numel(),), fill)
         return start.scatter_reduce_(0, self.index_N, value_N, "amax" if largest else "amin")[self.index_N]
 
     def subgroup_mean(self, value_N: torch.Tensor, budget_N: torch.Tensor) -> torch.Tensor:
-        """Mean over the valid members of a member's group that have its budget, (N)."""
+        """Mean over the valid members of a member's group that have its budget."""
         budgets, budget_index_N = torch.unique(budget_N, return_inverse=True)
         same = Scattered(self.index_N * budgets.numel() + budget_index_N, self.valid_N)
-        return same.total(value_N) / same.total(torch.ones_like(value_N)).clamp(min=1.0)
+        return same.total(value_N) / same.size.clamp(min=1.0)
+
+    def result(self, value_N: torch.Tensor) -> torch.Tensor:
+        """Back to (N), 0 for missing members."""
+        return torch.where(self.valid_N, value_N, 0.0)
 
 
 class Dense:
-    """Groups of one size, one after the other: row g of a matrix is group g."""
+    """Groups of one size, one after the other: row g of a (G, n) matrix is group g; its sums have shape (G, 1)."""
 
     def __init__(self, groups: int, valid_N: torch.Tensor) -> None:
-        self.groups, self.valid_N = groups, valid_N
-        self.valid_GN = valid_N.view(groups, -1)
+        self.groups = groups
+        self.valid_GN = None if bool(valid_N.all()) else valid_N.view(groups, -1)
+        count = valid_N.numel() // groups
+        sizes_G = valid_N.new_full((1, 1), count, dtype=torch.float64)
+        self.size = sizes_G if self.valid_GN is None else self.valid_GN.sum(dim=1, keepdim=True, dtype=torch.float64)
 
-    def _rows(self, value_N: torch.Tensor, fill: float) -> torch.Tensor:
-        return torch.where(self.valid_GN, value_N.view(self.groups, -1), fill)
-
-    def _spread(self, value_G: torch.Tensor) -> torch.Tensor:
-        return value_G[:, None].expand_as(self.valid_GN).reshape(-1)
-
-    def total(self, value_N: torch.Tensor) -> torch.Tensor:
+    def shaped(self, value_N: torch.Tensor) -> torch.Tensor:
         """See :class:`Scattered`."""
-        return self._spread(self._rows(value_N, 0.0).sum(dim=1))
+        return value_N.view(self.groups, -1)
 
-    def extreme(self, value_N: torch.Tensor, *, largest: bool) -> torch.Tensor:
+    def _filled(self, value_GN: torch.Tensor, fill: float) -> torch.Tensor:
+        return value_GN if self.valid_GN is None else torch.where(self.valid_GN, value_GN, fill)
+
+    def total(self, value_GN: torch.Tensor) -> torch.Tensor:
         """See :class:`Scattered`."""
-        rows = self._rows(value_N, -torch.inf if largest else torch.inf)
-        return self._spread(rows.amax(dim=1) if largest else rows.amin(dim=1))
+        return self._filled(value_GN, 0.0).sum(dim=1, keepdim=True)
 
-    def subgroup_mean(self, value_N: torch.Tensor, budget_N: torch.Tensor) -> torch.Tensor:
+    def extreme(self, value_GN: torch.Tensor, *, largest: bool) -> torch.Tensor:
+        """See :class:`Scattered`."""
+        filled = self._filled(value_GN, -torch.inf if largest else torch.inf)
+        return filled.amax(dim=1, keepdim=True) if largest else filled.amin(dim=1, keepdim=True)
+
+    def subgroup_mean(self, value_GN: torch.Tensor, budget_GN: torch.Tensor) -> torch.Tensor:
         """See :class:`Scattered`; one product with the matrix of equal budgets."""
-        budget_GN = budget_N.view(self.groups, -1)
-        same_GNN = (budget_GN[:, :, None] == budget_GN[:, None, :]).to(value_N.dtype)
-        both = torch.stack([self._rows(value_N, 0.0), self.valid_GN.to(value_N.dtype)], dim=-1)
-        total, count = torch.bmm(same_GNN, both).unbind(dim=-1)
-        return (total / count.clamp_(min=1.0)).reshape(-1)
+        same_GNN = (budget_GN[:, :, None] == budget_GN[:, None, :]).to(value_GN.dtype)
+        ones = torch.ones_like(value_GN) if self.valid_GN is None else self.valid_GN.to(value_GN.dtype)
+        total, count = torch.bmm(same_GNN, torch.stack([self._filled(value_GN, 0.0), ones], dim=-1)).unbind(dim=-1)
+        return total / count.clamp_(min=1.0)
+
+    def result(self, value_GN: torch.Tensor) -> torch.Tensor:
+        """See :class:`Scattered`."""
+        return self._filled(value_GN, 0.0).reshape(-1)
 
 
 Groups = Scattered | Dense
@@ -88,23 +104,26 @@ def find_groups(group_N: torch.Tensor, valid_N: torch.Tensor) -> Groups:
     return Scattered(group_N, valid_N)
 
 
-def spread(reward_N: torch.Tensor, groups: Groups, size_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def spread(reward: torch.Tensor, groups: Groups) -> tuple[torch.Tensor, torch.Tensor]:
     """Each member's deviation from its group's mean and its group's sample standard deviation.
 
     A group of equal rewards deviates by exactly 0: rounding must not look like a difference.
     """
-    deviation_N = reward_N - groups.total(reward_N) / size_N.clamp(min=1.0)
-    flat_N = groups.extreme(reward_N, largest=True) <= groups.extreme(reward_N, largest=False)
-    deviation_N = torch.where(flat_N, 0.0, deviation_N)
-    return deviation_N, (groups.total(deviation_N.square()) / (size_N - 1.0).clamp(min=1.0)).sqrt()
+    deviation = deviate(reward, groups.total(reward) / groups.size.clamp(min=1.0), groups)
+    return deviation, (groups.total(deviation.square()) / (groups.size - 1.0).clamp(min=1.0)).sqrt()
+
+
+def deviate(reward: torch.Tensor, mean: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """Rewards minus ``mean``, exactly 0 in a group of equal rewards."""
+    flat = groups.extreme(reward, largest=True) <= groups.extreme(reward, largest=False)
+    return torch.where(flat, 0.0, reward - mean)
 
 
 def group_normalised(reward_N: torch.Tensor, group_N: torch.Tensor, std_floor: float) -> torch.Tensor:
     """See `kernels.group_normalised_advantage`."""
-    valid_N = ~torch.isnan(reward_N)
-    groups = find_groups(group_N, valid_N)
-    deviation_N, std_N = spread(reward_N, groups, groups.total(torch.ones_like(reward_N)))
-    return torch.where(valid_N, deviation_N / (std_N + std_floor), 0.0)
+    groups = find_groups(group_N, ~torch.isnan(reward_N))
+    deviation, std = spread(groups.shaped(reward_N), groups)
+    return groups.result(deviation / (std + std_floor))
 
 
 def hierarchical(
@@ -117,36 +136,34 @@ def hierarchical(
     spread_scaled: bool,
 ) -> torch.Tensor:
     """See `kernels.hierarchical_advantage`."""
-    valid_N = ~torch.isnan(reward_N)
-    groups = find_groups(group_N, valid_N)
-    size_N = groups.total(torch.ones_like(reward_N))
-    deviation_N, std_N = spread(reward_N, groups, size_N)
-    intra_N = groups.subgroup_mean(reward_N, budget_N) - ceiling_N.double()
+    groups = find_groups(group_N, ~torch.isnan(reward_N))
+    reward, ceiling = groups.shaped(reward_N), groups.shaped(ceiling_N.double())
+    deviation, std = spread(reward, groups)
+    intra = groups.subgroup_mean(reward, groups.shaped(budget_N)) - ceiling
     if spread_scaled:
-        bound_N = (size_N - 1.0).clamp(min=0.0) / size_N.clamp(min=1.0).sqrt()
-        intra_N = (intra_N / (std_N + std_floor)).clamp(-bound_N, bound_N)
-        intra_N = torch.where(std_N > std_floor, intra_N, 0.0)
-    intra_N = torch.where(torch.isnan(ceiling_N), 0.0, intra_N)
-    return torch.where(valid_N, deviation_N / (std_N + std_floor) + intra_coef * intra_N, 0.0)
+        bound = (groups.size - 1.0).clamp(min=0.0) / groups.size.clamp(min=1.0).sqrt()
+        intra = torch.where(std > std_floor, (intra / (std + std_floor)).clamp(-bound, bound), 0.0)
+    intra = torch.where(torch.isnan(ceiling), 0.0, intra)
+    return groups.result(deviation / (std + std_floor) + intra_coef * intra)
 
 
 def token_level(reward_N: torch.Tensor, length_N: torch.Tensor, group_N: torch.Tensor, guard: float | None) -> torch.Tensor:
     """See `kernels.token_level_group_average_advantage`."""
-    valid_N = ~torch.isnan(reward_N)
-    groups = find_groups(group_N, valid_N)
-    length_N = length_N.double()
-    tokens_N = groups.total(length_N).clamp(min=1.0)
-    deviation_N = reward_N - groups.total(length_N * reward_N) / tokens_N
-    flat_N = groups.extreme(reward_N, largest=True) <= groups.extreme(reward_N, largest=False)
-    deviation_N = torch.where(flat_N, 0.0, deviation_N)
-    advantage_N = deviation_N / ((groups.total(length_N * deviation_N.square()) / tokens_N).sqrt() + GUARD_FLOOR)
+    groups = find_groups(group_N, ~torch.isnan(reward_N))
+    reward, length = groups.shaped(reward_N), groups.shaped(length_N.double())
+    tokens = groups.total(length).clamp(min=1.0)
+    deviation = deviate(reward, groups.total(length * reward) / tokens, groups)
+    advantage = deviation / ((groups.total(length * deviation.square()) / tokens).sqrt() + GUARD_FLOOR)
     if guard is not None:
-        counted_N = torch.where(length_N > 0, advantage_N.abs(), 0.0)
-        plain_N = group_normalised(reward_N, group_N, GUARD_FLOOR)
-        advantage_N = torch.where(groups.extreme(counted_N, largest=True) >= guard, plain_N, advantage_N)
-    return torch.where(valid_N, advantage_N, 0.0)
+        counted = torch.where(length > 0, advantage.abs(), 0.0)
+        plain = groups.shaped(group_normalised(reward_N, group_N, GUARD_FLOOR))
+        advantage = torch.where(groups.extreme(counted, largest=True) >= guard, plain, advantage)
+    return groups.result(advantage)
 
 
 def to_tokens(advantage_N: torch.Tensor, start_N: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Each rollout's advantage at all its packed tokens, (tokens)."""
-    return torch.repeat_interleave(advantage_N, start_N.diff(), output_size=tokens)
+    """Each rollout's advantage at all its packed tokens, float32 (tokens)."""
+    advantage_N, length_N = advantage_N.float(), start_N.diff()
+    if advantage_N.numel() and tokens and bool((length_N == length_N[0]).all()):
+        return advantage_N[:, None].expand(-1, tokens // advantage_N.numel()).reshape(-1)
+    return torch.repeat_interleave(advantage_N, length_N, output_size=tokens)

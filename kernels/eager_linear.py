@@ -26,8 +26,8 @@ BLOCK_BYTES = 16 * 2**20
 KEEP_BYTES = 128 * 2**20
 """Most raw logits kept from the forward for the backward pass, which computes the rest again."""
 
-KEEP_SHARE = 0.35
-"""Most of all logits that may be kept: memory stays far below that of holding them all."""
+KEEP_PER_TOKEN = 26 * 1024
+"""Most logits kept of one token: of a large vocabulary only a part, so that memory stays far below that of holding them all."""
 
 MAX_TOKENS = 4096
 """Tokens taken at once: more would make blocks of the vocabulary too narrow for fast matrix products."""
@@ -60,7 +60,7 @@ class _Plan:
         if not 0 < tokens <= self.max_tokens:
             return 0
         width = self.block(tokens, vocabulary)
-        return int(min(self.keep_bytes // (4 * tokens), KEEP_SHARE * vocabulary)) // width * width
+        return min(self.keep_bytes // (4 * tokens), KEEP_PER_TOKEN, vocabulary) // width * width
 
 
 def from_hidden(

@@ -110,8 +110,8 @@ def centred_advantage(advantage_N: torch.Tensor, valid_N: torch.Tensor, group_N:
     group_N = torch.zeros_like(valid_N, dtype=torch.int64) if group_N is None else group_N
     _check_lengths(value_N, valid_N=valid_N, group_N=group_N)
     groups = eager_advantage.find_groups(group_N, valid_N)
-    size_N = groups.total(torch.ones_like(value_N)).clamp(min=1.0)
-    return torch.where(valid_N, value_N - groups.total(value_N) / size_N, 0.0).float()
+    value = groups.shaped(value_N)
+    return groups.result(value - groups.total(value) / groups.size.clamp(min=1.0)).float()
 
 
 def _run(
@@ -122,6 +122,8 @@ def _run(
         raise ValueError("start_N and tokens must be given together: the offsets of the packed tokens and their number")
     if start_N is not None and start_N.shape != (reward_N.numel() + 1,):
         raise ValueError(f"start_N has shape {tuple(start_N.shape)}, expected ({reward_N.numel() + 1},)")
+    if start_N is not None and start_N.device.type == "cpu" and int(start_N[-1]) != tokens:
+        raise ValueError(f"start_N ends at {int(start_N[-1])}, tokens is {tokens}; they must agree")
     chosen = pick_backend(backend, reward_N, ("reference", "eager", "triton"))
     if chosen == "triton":
         return getattr(load_triton("triton_advantage", reward_N), name)(*arguments, start_N, tokens or 0)

@@ -1,4 +1,4 @@
-"""How fast the kernels are, beside plain torch, verl and TRL:  python -m tests.benchmarks.kernels [head advantage gpu]
+"""How fast the kernels are, beside plain torch, verl and TRL:  python -m tests.benchmarks.kernels [--parts head advantage gpu]
 
 `head`: log-prob and entropy from hidden states, forward and backward, at two shapes; seconds, and peak memory beyond inputs,
 outputs and their gradients. `advantage`: 4096 rollouts. `gpu`: against measured copy bandwidth and matrix rate, where there is
@@ -26,25 +26,28 @@ import kernels
 from tests.benchmarks.head_work import make_inputs, measure_head
 from tests.benchmarks.our_side import ROOT
 
+PARTS = ("head", "advantage", "gpu")
 SHAPES = {"SmolLM2-like": (2048, 576, 49_152), "Qwen-like": (512, 896, 151_936)}
 """Tokens, hidden size, vocabulary."""
 TIME_TARGETS = {"SmolLM2-like": 0.85, "Qwen-like": 1.05}
 """Most of plain torch's time that ours may take."""
 MEMORY_TARGET = 0.1
 ROLLOUTS, GROUP, WIDTH = 4096, 16, 1024
+CALLS = 10
+"""Calls in a row of each advantage estimator before the next one takes its turn."""
 TRL_PYTHON = ROOT / ".venv-trl" / "bin" / "python"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the chosen parts; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.kernels", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=["head", "advantage", "gpu", []], default=["head", "advantage", "gpu"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     met = True
-    for part in options.parts or ["head", "advantage", "gpu"]:
+    for part in options.parts:
         report = {"head": head, "advantage": advantage, "gpu": gpu}[part](options)
         met = met and report["met"]
         print(json.dumps(report))
@@ -168,11 +171,13 @@ def advantage(options: argparse.Namespace) -> dict[str, Any]:
     for name in ("verl vectorised, to tokens", "ours, to tokens"):
         torch.testing.assert_close(rows[name]().view(ROLLOUTS, WIDTH)[:, 0], expected, atol=1e-5, rtol=1e-4)
     seconds: dict[str, list[float]] = {name: [] for name in rows}
-    for _ in range(10 * options.rounds):
+    for _ in range(options.rounds):
         for name, call in rows.items():
-            began = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - began)
+            call()  # what ran before has left the caches full of its own
+            for _ in range(CALLS):
+                began = time.perf_counter()
+                call()
+                seconds[name].append(time.perf_counter() - began)
     ms = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
     ratios = {
         "loop / ours": (ms["verl loop"] / ms["ours"], 100.0),

@@ -153,7 +153,7 @@ def test_chunks_of_any_size_give_the_same_values_and_gradients() -> None:
 def test_chunks_and_blocks_keep_the_logits_in_memory_small() -> None:
     identity = LogitShaping(None, None, None)
     target = torch.zeros(1, dtype=torch.int64)
-    chunk = eager._plan(target, identity, False, None, vocabulary=150_000).chunk_tokens
+    chunk = eager._plan(target, identity, False, None, False, vocabulary=150_000).chunk_tokens
     assert 48 * 2**20 < chunk * 150_000 * 4 <= 64 * 2**20
     plan = eager_linear._Plan(target, identity, False, None, eager_linear.MAX_TOKENS, eager_linear.BLOCK_BYTES)
     for tokens in (1, 100, eager_linear.MAX_TOKENS):
