@@ -225,10 +225,14 @@ def gpu(options: argparse.Namespace) -> dict[str, Any]:
     before = torch.cuda.memory_allocated()
     times["hidden"] = _gpu_seconds(lambda: kernels.linear_logprob_entropy(hidden, weight, label), options.rounds)
     extra = (torch.cuda.max_memory_allocated() - before) / 2**20
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    times["hidden, verl"] = _gpu_seconds(lambda: linear_cross_entropy(hidden, weight, label, 1.0, "none"), options.rounds)
     bandwidth = 2 * size / times["copy"]
     figures = {
         "logits, of copy bandwidth": (size / times["logits"] / bandwidth, 0.85, ">="),
         "hidden, of bf16 matrix rate": (times["matmul"] / times["hidden"], 0.60, ">="),
+        "hidden, of verl's Triton kernel's time": (times["hidden"] / times["hidden, verl"], 1.3, "<="),
         "cost of temperature and bias": (times["logits, shaped"] / times["logits"] - 1, 0.03, "<="),
         "shape_logits_, of read + write": (times["shape_logits_"] / times["read + write"], 1.2, "<="),
     }

@@ -92,6 +92,23 @@ def test_eager_equals_the_reference_in_values_and_gradients(
         torch.testing.assert_close(value, other, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "vocabulary"), [(121, 56, 2376), (135, 14, 2374), (95, 32, 504), (86, 64, 1600), (512, 64, 1600)]
+)
+def test_the_shapes_of_verls_own_test_scaled_down(tokens: int, hidden: int, vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    h, w = (torch.randn(n, hidden, generator=generator) for n in (tokens, vocabulary))
+    target = torch.randint(vocabulary, (tokens,), generator=generator)
+    results = []
+    for backend in BACKENDS:
+        leaves = [h.clone().requires_grad_(), w.clone().requires_grad_()]
+        logp, entropy = kernels.linear_logprob_entropy(*leaves, target, backend=backend)
+        (logp + 0.1 * entropy).sum().backward()
+        results.append([logp.detach(), entropy.detach(), *(leaf.grad for leaf in leaves)])
+    for value, other in zip(*results, strict=True):
+        torch.testing.assert_close(value, other, atol=5e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("shaped", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_logits_and_hidden_states_give_the_same_values_and_gradients(shaped: bool, backend: str) -> None:
