@@ -1,7 +1,8 @@
-"""Shared tensor kernels: log-probability and entropy, advantages, logit shaping; needs torch and nothing else of this project.
+"""Shared tensor kernels: log-probability and entropy, logit shaping, advantages, alignment KL.
 
-Every kernel has one contract and several backends: ``reference`` is the obvious form (float64 in gives float64 out), ``eager``
-the chunked torch form that never holds tokens x vocabulary. ``backend="auto"`` picks the fastest one that exists.
+Needs torch, and triton where a GPU is used; nothing else of this project. Every kernel has one contract and three backends:
+``reference`` is the obvious form (float64 in gives float64 out), ``eager`` blocked torch, ``triton`` what runs on a GPU.
+``backend="auto"`` is ``triton`` for tensors on a GPU and ``eager`` for others.
 """
 
 from __future__ import annotations

@@ -196,16 +196,6 @@ class Workforce:
             ray.util.remove_placement_group(group)
         self.engines, self.scorers, self.learners, self._places = [], [], None, []
 
-    def close_learners(self) -> None:
-        """Kill the learner ranks only (between the warm start and the run)."""
-        import ray
-
-        for actor in self.learners.workers:
-            ray.kill(actor)
-        for group in self._places:
-            ray.util.remove_placement_group(group)
-        self.learners, self._places = None, []
-
 
 def reserve_places(learner: LearnerSettings) -> list[Any]:
     """Ask Ray for a bundle per rank, in one placement group per node; returns at once, they are to be waited for.
@@ -285,10 +275,3 @@ def ranks_by_node(ranks: int, cpus: float, gpus: float) -> list[int]:
         f"{ranks} learner ranks of {cpus:g} CPUs and {gpus:g} GPUs do not fit on the nodes of this cluster ({len(nodes)} nodes)",
         fix="lower learner.ranks, learner.cpus_per_rank or learner.gpus_per_rank",
     )
-
-
-def live_actor_classes() -> list[str]:
-    """Class names of all actors alive in the cluster, sorted; what a test reads to see that every part is real."""
-    from ray.util.state import list_actors
-
-    return sorted(str(vars(actor)["class_name"]) for actor in list_actors(filters=[("state", "=", "ALIVE")], limit=1000))

@@ -22,7 +22,7 @@ from tests.parity.plain import load_plain, loss_tokens, perturb_, random_rollout
 
 DEADLINE_S = 180.0
 MAX_GAP = 1e-3
-"""Largest difference of a sampled token's log-prob between a float32 engine and the learner; measured: below 2e-5."""
+"""Largest difference of a sampled token's log-prob between a float32 engine and the learner that rounding explains."""
 SETTINGS = RolloutSettings(max_length=48, max_concurrent=16, kv_cache_gb=0.1)
 MAX_PROMPT = 320
 MakeLearner = Callable[..., Learner]
