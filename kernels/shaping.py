@@ -13,6 +13,9 @@ from kernels.checks import check_matrix, check_shaping
 LOG_ZERO = -1e4
 """Stands for ln 0: exp(-1e4) is 0 in float32 and float64, and unlike -inf it gives 0 when multiplied by 0."""
 
+BLOCK_BYTES = 2**20
+"""Logits that `eager` shapes at a time."""
+
 
 def ids_tensor(bias_ids: torch.Tensor | Sequence[int] | None, *, device: torch.device) -> torch.Tensor | None:
     """Return the biased token ids as an int64 tensor on ``device`` (None stays None)."""
@@ -78,21 +81,42 @@ class TemperatureRule:
 
     ``T = base (1 + tau clamp(slope (ln max(H, floor) - pivot), low, high))``, with ``above`` as slope where ln H is above the
     pivot and ``below`` elsewhere. HAPO's rule (arXiv 2509.16591, part A) is of this form, whichever sign and clamp are chosen.
+    Every field is a number, or a float32 tensor (B) with one for each row: tau 0 leaves a row's temperature alone.
     """
 
-    pivot: float
-    above: float
-    below: float
-    tau: float
-    low: float = -1.0
-    high: float = 1.0
-    floor: float = 1e-6
+    pivot: float | torch.Tensor
+    above: float | torch.Tensor
+    below: float | torch.Tensor
+    tau: float | torch.Tensor
+    low: float | torch.Tensor = -1.0
+    high: float | torch.Tensor = 1.0
+    floor: float | torch.Tensor = 1e-6
 
     def __call__(self, entropy_B: torch.Tensor) -> torch.Tensor:
         """The factor on the base temperature, (B)."""
-        distance_B = entropy_B.clamp(min=self.floor).log() - self.pivot
+        distance_B = torch.clamp(entropy_B, min=self.floor).log() - self.pivot
         slope_B = torch.where(distance_B > 0, self.above, self.below).to(distance_B.dtype)
-        return 1.0 + self.tau * (slope_B * distance_B).clamp(self.low, self.high)
+        # Not clamp: its bounds must be both numbers or both tensors.
+        scaled_B = torch.maximum(
+            torch.minimum(slope_B * distance_B, self._like(self.high, distance_B)), self._like(self.low, distance_B)
+        )
+        return 1.0 + self.tau * scaled_B
+
+    @staticmethod
+    def _like(value: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+
+    def columns(self, rows: int, device: torch.device) -> torch.Tensor:
+        """The fields in order as one float32 matrix (rows, 7)."""
+        fields = (self.pivot, self.above, self.below, self.tau, self.low, self.high, self.floor)
+        vectors = [torch.as_tensor(value, dtype=torch.float32, device=device).expand(rows) for value in fields]
+        return torch.stack(vectors, dim=1)
+
+    def rows(self, part: slice) -> TemperatureRule:
+        """The rule of a slice of the rows."""
+        return TemperatureRule(
+            *(value[part] if isinstance(value, torch.Tensor) and value.ndim else value for value in vars(self).values())
+        )
 
 
 def shape_logits_(
@@ -135,4 +159,32 @@ def _shape_reference(
     return LogitShaping(temperature_B, shaping.bias_ids, shaping.bias_T).apply_(logits_BV)
 
 
-_SHAPE_LOGITS: dict[str, Callable[..., torch.Tensor]] = {"reference": _shape_reference, "eager": _shape_reference}
+def _shape_eager(
+    logits_BV: torch.Tensor, shaping: LogitShaping, rule: Callable[[torch.Tensor], torch.Tensor] | None
+) -> torch.Tensor:
+    """Blocks of rows that stay in the cache between the entropy and the writing, without a second copy of the logits."""
+    if rule is not None and not isinstance(rule, TemperatureRule):
+        return _shape_reference(logits_BV, shaping, rule)  # a function may hold values per row, so it wants all rows at once
+    rows, vocabulary = logits_BV.shape
+    step = max(1, BLOCK_BYTES // max(4 * vocabulary, 1))
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        block_BV, here = logits_BV[part], shaping.rows(part)
+        temperature_B = here.temperature_T
+        assert temperature_B is not None
+        if rule is not None:
+            temperature_B = temperature_B * rule.rows(part)(_entropy(block_BV))
+        LogitShaping(temperature_B, here.bias_ids, here.bias_T).apply_(block_BV)
+    return logits_BV
+
+
+def _entropy(logits_BV: torch.Tensor) -> torch.Tensor:
+    """``ln sum e^d - (sum d e^d) / (sum e^d)`` with d the distance to the row's largest logit; float32 (B), nats."""
+    work_BV = logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
+    distance_BV = (work_BV - work_BV.amax(dim=-1, keepdim=True)).clamp_(min=LOG_ZERO)
+    weight_BV = distance_BV.exp()
+    total_B = weight_BV.sum(dim=-1)
+    return total_B.log() - torch.linalg.vecdot(weight_BV, distance_BV) / total_B
+
+
+_SHAPE_LOGITS: dict[str, Callable[..., torch.Tensor]] = {"reference": _shape_reference, "eager": _shape_eager}

@@ -18,11 +18,14 @@ from kernels.triton_logprob import FLOOR, Arguments, absorb, add_bias, tile_of
 
 
 @triton.jit
-def _shape(logits, stride, base, ids, bias, vocabulary, pivot, above, below, tau, low, high, floor,
+def _shape(logits, stride, base, ids, bias, rule, vocabulary,
            RULE: tl.constexpr, IDS: tl.constexpr, TILE: tl.constexpr):
     here = tl.program_id(0) + tl.zeros((1,), tl.int64)
     temperature = tl.load(base + here)
     if RULE:
+        numbers = rule + here * RULE
+        pivot, above, below, tau = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2), tl.load(numbers + 3)
+        low, high, floor = tl.load(numbers + 4), tl.load(numbers + 5), tl.load(numbers + 6)
         top, total, weighted = tl.full((1,), FLOOR, tl.float32), tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
         for start in range(0, vocabulary, TILE):
             columns = start + tl.arange(0, TILE)
@@ -52,11 +55,10 @@ def shape_logits_(logits_BV: torch.Tensor, shaping: LogitShaping, rule: Temperat
         raise ValueError(f"logits_BV must have contiguous rows for backend='triton', got strides {logits_BV.stride()}")
     rows, vocabulary = logits_BV.shape
     arguments = Arguments(shaping, logits_BV)
-    numbers = rule or TemperatureRule(0.0, 0.0, 0.0, tau=0.0)
+    columns = None if rule is None else rule.columns(rows, logits_BV.device)
     if rows:
         _shape[(rows,)](
-            logits_BV, logits_BV.stride(0), *arguments.pointers, vocabulary, numbers.pivot, numbers.above,
-            numbers.below, numbers.tau, numbers.low, numbers.high, numbers.floor,
-            RULE=rule is not None, IDS=arguments.count, TILE=tile_of(vocabulary),
+            logits_BV, logits_BV.stride(0), *arguments.pointers, columns, vocabulary,
+            RULE=0 if columns is None else columns.shape[1], IDS=arguments.count, TILE=tile_of(vocabulary),
         )  # fmt: skip
     return logits_BV

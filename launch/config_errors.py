@@ -15,6 +15,17 @@ from rl.settings import Settings
 SIMILAR = 0.6
 """Least difflib ratio of a key worth suggesting."""
 
+UNREPLAYABLE = {
+    "repetition_penalty": "makes the distribution depend on every token before",
+    "presence_penalty": "makes the distribution depend on every token before",
+    "frequency_penalty": "makes the distribution depend on every token before",
+    "bad_words": "takes words out of the sampling distribution",
+    "logit_bias": "moves single logits",
+    "min_tokens": "forbids the end of an answer before a length",
+    "allowed_token_ids": "takes tokens out of the sampling distribution",
+}
+"""Sampling options that users of vLLM know, and what each does to the distribution that tokens are drawn from."""
+
 
 def explain_validation(error: ValidationError, data: Mapping[str, Any]) -> str:
     """One indented line per problem, in the order of the settings; ``data`` is what was validated."""
@@ -65,10 +76,13 @@ def _key(detail: ErrorDetails, data: Any) -> str:
     parts: list[str] = []
     for part in detail["loc"]:
         if isinstance(data, Mapping):
-            if part not in data and detail["type"] != "missing":
-                break
+            last = part == detail["loc"][-1]
+            if part not in data and not (last and detail["type"] == "missing"):
+                continue
             data = data.get(part)
-        elif isinstance(data, list) and isinstance(part, int):
+        elif isinstance(data, list):
+            if not isinstance(part, int):
+                continue
             data = data[part] if part < len(data) else None
         else:
             break
@@ -86,6 +100,8 @@ def _named_problem(detail: ErrorDetails, key: str) -> str:
     while isinstance(inner, dict) and len(inner) == 1:
         name, inner = next(iter(inner.items()))
         unknown = f"{unknown}.{name}"
+    if (reason := UNREPLAYABLE.get(unknown.rpartition(".")[2])) is not None:
+        return f"{unknown} {reason}, which the learner cannot replay, so importance ratios would be wrong; leave it out in training"
     nearest = nearest_key(unknown)
     return f"unknown key {unknown}" + (f"; did you mean {nearest}?" if nearest else "")
 

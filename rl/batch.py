@@ -7,16 +7,23 @@ from dataclasses import dataclass
 
 import torch
 
+from rl.behaviour import Vocabulary, replayed_bias
 from rl.types import Rollout, TrainBatch
 
 
 def pack_rollouts(
-    rollouts: Sequence[Rollout], advantage_N: torch.Tensor, minibatch_N: torch.Tensor, *, train_prefix: bool = True
+    rollouts: Sequence[Rollout],
+    advantage_N: torch.Tensor,
+    minibatch_N: torch.Tensor,
+    *,
+    train_prefix: bool = True,
+    vocabulary: Vocabulary | None = None,
 ) -> TrainBatch:
     """Pack rollouts into one ragged batch: prompt + response of each, one after the other.
 
     ``advantage_N`` (float, N) is spread over the response tokens of its rollout; prompt tokens carry no loss, and the budget
-    sentence only when ``train_prefix``. Raises ValueError when the lengths disagree or a prompt is empty.
+    sentence only when ``train_prefix``; what a hard budget forced carries none. ``vocabulary`` is needed where a rollout has a
+    reflection bias. Raises ValueError when the lengths disagree or a prompt is empty.
     """
     if not len(rollouts) == advantage_N.numel() == minibatch_N.numel():
         raise ValueError(f"{len(rollouts)} rollouts, {advantage_N.numel()} advantages, {minibatch_N.numel()} mini-batch ids")
@@ -24,6 +31,7 @@ def pack_rollouts(
     starts, prompt_lengths, prefill_lengths = [0], [], []
     mask: list[bool] = []
     sampled: list[float] = []
+    bias: list[torch.Tensor] = []
     for rollout in rollouts:
         prompt = rollout.lease.prompt.token_ids
         if not prompt:
@@ -35,8 +43,12 @@ def pack_rollouts(
         starts.append(len(tokens))
         prompt_lengths.append(len(prompt))
         prefill_lengths.append(prefill)
-        mask += [False] * len(prompt) + [train_prefix] * prefill + [True] * generated
-        sampled += [float("nan")] * (len(prompt) + prefill) + list(rollout.logp_T)
+        forced = set(rollout.forced)
+        kept = [place not in forced for place in range(prefill, rollout.length)]
+        mask += [False] * len(prompt) + [train_prefix] * prefill + kept
+        drawn = [logp if keep else float("nan") for logp, keep in zip(rollout.logp_T, kept, strict=True)]
+        sampled += [float("nan")] * (len(prompt) + prefill) + drawn
+        bias += [torch.zeros(len(prompt) + prefill), replayed_bias(rollout, vocabulary)]
     start_N = torch.tensor(starts, dtype=torch.int64)
     loss_mask_T = torch.tensor(mask, dtype=torch.bool)
     spread_T = advantage_N.float().repeat_interleave(start_N.diff())
@@ -50,6 +62,8 @@ def pack_rollouts(
         sampled_logp_T=torch.tensor(sampled, dtype=torch.float32),
         temperature_N=torch.tensor([r.lease.shaping.temperature for r in rollouts], dtype=torch.float32),
         minibatch_N=minibatch_N.to(torch.int64),
+        bias_T=torch.cat(bias),
+        index_N=torch.arange(len(rollouts)),
     )
 
 
@@ -75,6 +89,8 @@ def select_rollouts(batch: TrainBatch, index: Sequence[int]) -> TrainBatch:
         sampled_logp_T=batch.sampled_logp_T[position_T],
         temperature_N=batch.temperature_N[picked],
         minibatch_N=batch.minibatch_N[picked],
+        bias_T=batch.bias_T[position_T],
+        index_N=batch.index_N[picked],
     )
 
 
@@ -110,12 +126,18 @@ class MicroBatch:
     """int64 (R): the response tokens."""
     source_T: torch.Tensor
     """int64 (R): where each response token stands in the TrainBatch."""
+    row_T: torch.Tensor
+    """int64 (R): each response token's row."""
+    index_B: torch.Tensor
+    """int64 (rows): each row's rollout, by TrainBatch.index_N; -1 for a row that only keeps ranks in step."""
     mask_T: torch.Tensor
     """bool (R): whether the token carries loss."""
     advantage_T: torch.Tensor
     sampled_logp_T: torch.Tensor
     temperature_T: torch.Tensor
-    """float32 (R)."""
+    """float32 (R): base temperature."""
+    bias_T: torch.Tensor
+    """float32 (R), nats."""
     padding: int
     """Padded tokens in the grid."""
 
@@ -129,21 +151,25 @@ def pad_rows(batch: TrainBatch, index: Sequence[int]) -> MicroBatch:
             position_T=one,
             target_T=one,
             source_T=one,
+            row_T=one,
+            index_B=one - 1,
             mask_T=torch.zeros(1, dtype=torch.bool),
             advantage_T=torch.zeros(1),
             sampled_logp_T=torch.full((1,), float("nan")),
             temperature_T=torch.ones(1),
+            bias_T=torch.zeros(1),
             padding=2,
         )
     starts, ends = batch.start_N[:-1].tolist(), batch.start_N[1:].tolist()
     width = max(ends[i] - starts[i] for i in index)
     token_BS = torch.zeros((len(index), width), dtype=torch.int64)
-    positions, sources, temperatures = [], [], []
+    positions, sources, temperatures, owners = [], [], [], []
     for row, i in enumerate(index):
         length, prompt = ends[i] - starts[i], int(batch.prompt_length_N[i])
         token_BS[row, :length] = batch.token_T[starts[i] : ends[i]]
         positions.append(torch.arange(row * width + prompt - 1, row * width + length - 1))
         sources.append(torch.arange(starts[i] + prompt, ends[i]))
+        owners.append(torch.full((length - prompt,), row))
         temperatures.append(batch.temperature_N[i].expand(length - prompt))
     source_T = torch.cat(sources)
     return MicroBatch(
@@ -151,9 +177,12 @@ def pad_rows(batch: TrainBatch, index: Sequence[int]) -> MicroBatch:
         position_T=torch.cat(positions),
         target_T=batch.token_T[source_T],
         source_T=source_T,
+        row_T=torch.cat(owners),
+        index_B=batch.index_N[torch.tensor(list(index))],
         mask_T=batch.loss_mask_T[source_T],
         advantage_T=batch.advantage_T[source_T],
         sampled_logp_T=batch.sampled_logp_T[source_T],
         temperature_T=torch.cat(temperatures),
+        bias_T=batch.bias_T[source_T],
         padding=token_BS.numel() - sum(ends[i] - starts[i] for i in index),
     )

@@ -20,9 +20,11 @@ import torch
 import torch.distributed as dist
 
 from rl.batch import MicroBatch, pad_rows, plan_microbatches, select_rollouts
+from rl.correction import Correction, ImportanceWeight, importance_weight
 from rl.errors import BudgetRLError
-from rl.losses import kl_penalty, policy_loss, truncated_weight
-from rl.policy import PolicyModel, load_policy
+from rl.losses import kl_penalty, policy_loss
+from rl.policy import PLAIN, PolicyModel, Scores, load_policy
+from rl.replay import POLICY, OldScores, Task, rollout_rows, select_old
 from rl.settings import LearnerSettings, LossSettings
 from rl.types import TrainBatch
 
@@ -128,83 +130,79 @@ class Learner:
         self,
         batch: TrainBatch,
         *,
-        objective: str,
         global_tokens: list[int],
         total_updates: int | None,
-        correction: str = "none",
-        correction_cap: float = 2.0,
-    ) -> dict[str, float]:
+        task: Task = POLICY,
+    ) -> dict[str, Any]:
         """One or more optimiser steps on this rank's share of a step's rollouts.
 
-        ``global_tokens[m]`` is the number of loss tokens of mini-batch ``m`` over all ranks; ``objective`` is ``policy``
-        (clipped surrogate) or ``likelihood`` (supervised). Returns sums that the driver adds over ranks (`sum/*`), maxima
-        (`max/*`) and values equal on every rank (`same/*`).
+        ``global_tokens[m]`` is the number of loss tokens of mini-batch ``m`` over all ranks. Returns sums for the driver to add
+        over ranks (`sum/*`), maxima (`max/*`), values equal on every rank (`same/*`), `rollout_N5` (see `rl.replay.rollout_rows`)
+        and, if the task asks for it, `entropy_T`: float32, nats, of every token the engines sampled, at the sampling weights.
         """
         self.engine.train()
-        totals: dict[str, float] = {}
+        totals: dict[str, Any] = {}
         minibatches = len(global_tokens)
+        supervised = task.objective == "likelihood"
         single_pass = minibatches == 1 and self.settings.epochs == 1
         # With one update per batch the ratio is 1 by definition: its own forward is the old policy, so no extra pass is paid.
-        old = None if single_pass or objective == "likelihood" else self._old_log_probs(batch, totals)
-        for _ in range(self.settings.epochs if objective == "policy" else 1):
+        old = None if single_pass or supervised else self._old_scores(batch, totals, task)
+        for _ in range(1 if supervised else self.settings.epochs):
             for m in range(minibatches):
                 if global_tokens[m] == 0:
                     continue  # none of its answers was scored, and DeepSpeed cannot step without a gradient; all ranks skip it
                 index = [i for i, owner in enumerate(batch.minibatch_N.tolist()) if owner == m]
                 part = select_rollouts(batch, index)
-                part_old = None if old is None else _select_old(batch, index, old)
-                self._minibatch(part, part_old, objective, global_tokens[m], totals, correction, correction_cap)
+                part_old = None if old is None else select_old(batch, index, old)
+                self._minibatch(part, part_old, global_tokens[m], totals, task)
                 self._optimiser_step(totals, total_updates)
+        for name in ("entropy_T", "rollout_N5"):
+            if name in totals:
+                totals[name] = torch.cat(totals[name])
         return totals
 
     def _minibatch(
-        self,
-        batch: TrainBatch,
-        old: dict[str, torch.Tensor] | None,
-        objective: str,
-        global_tokens: int,
-        totals: dict[str, float],
-        correction: str,
-        correction_cap: float,
+        self, batch: TrainBatch, old: OldScores | None, global_tokens: int, totals: dict[str, Any], task: Task
     ) -> None:
         plan = self._equal_plan(batch)
         for number, index in enumerate(plan):
             micro = self._move(pad_rows(batch, index))
             self.engine.set_gradient_accumulation_boundary(number == len(plan) - 1)
-            shaped, _, raw, raw_entropy = self.engine(micro.token_BS, micro.position_T, micro.target_T, _temperatures(micro))
-            if objective == "likelihood":
-                loss = -(raw * micro.mask_T).sum()
+            # A row that only keeps this rank in step has no token in the batch, so no old log-prob either.
+            micro_old = old.at(micro.source_T) if old is not None and index else None
+            scores = self._scores(micro, task, micro_old)
+            if task.objective == "likelihood":
+                loss = -(scores.raw * micro.mask_T).sum()
                 _add(totals, "sum/loss", float(loss.detach()))
             else:
-                # A row that only keeps this rank in step has no token in the batch, so no old log-prob either.
-                micro_old = old if index else None
-                loss = self._policy_objective(micro, micro_old, shaped, raw, totals, correction, correction_cap)
-            _add(totals, "sum/entropy", float((raw_entropy.detach() * micro.mask_T).sum()))
+                if micro_old is None:
+                    micro_old = OldScores.of(scores)
+                    self._compare(totals, scores, micro, task)
+                loss = self._policy_objective(micro, micro_old, scores, totals, task.correction)
+            _add(totals, "sum/entropy", float((scores.entropy.detach() * micro.mask_T).sum()))
             _add(totals, "sum/tokens", float(micro.mask_T.sum()))
             _add(totals, "sum/padding", micro.padding)
             _add(totals, "sum/grid", micro.token_BS.numel())
             self.engine.backward(loss * (self.world_size / max(global_tokens, 1)), scale_wrt_gas=False)
 
+    def _scores(self, micro: MicroBatch, task: Task, old: OldScores | None = None) -> Scores:
+        """The policy on a micro-batch; once there are old scores, the temperature is theirs, whatever the entropy is by now."""
+        behaviour, temperature_T, bias_T = task.behaviour, _temperatures(micro), micro.bias_T
+        if task.objective == "likelihood" or (old is not None and task.correction.mode != "replay"):
+            behaviour, temperature_T, bias_T = PLAIN, None, None  # nobody looks at the shaped log-prob
+        elif old is not None:
+            behaviour, temperature_T = replace(behaviour, rule=None), old.temperature
+        return self.engine(micro.token_BS, micro.position_T, micro.target_T, temperature_T, bias_T, behaviour)
+
     def _policy_objective(
-        self,
-        micro: MicroBatch,
-        old: dict[str, torch.Tensor] | None,
-        shaped: torch.Tensor,
-        raw: torch.Tensor,
-        totals: dict[str, float],
-        correction: str,
-        correction_cap: float,
+        self, micro: MicroBatch, old: OldScores, scores: Scores, totals: dict[str, Any], correction: Correction
     ) -> torch.Tensor:
-        if old is None:
-            old_raw, old_shaped = raw.detach(), shaped.detach()
-            _mismatch(totals, old_shaped, micro)
-        else:
-            old_raw, old_shaped = old["raw"][micro.source_T], old["shaped"][micro.source_T]
-        new_T, old_T = (shaped, old_shaped) if correction == "replay" else (raw, old_raw)
-        weight_T = None
-        if correction == "truncated":
-            weight_T = truncated_weight(old_raw, micro.sampled_logp_T, cap=correction_cap)
-            _add(totals, "sum/correction_weight", float((weight_T * micro.mask_T).sum()))
+        replayed = correction.mode == "replay"
+        new_T, old_T = (scores.shaped, old.shaped) if replayed else (scores.raw, old.raw)
+        weight: ImportanceWeight | None = None
+        if correction.mode == "truncated":
+            weight = importance_weight(old.raw, micro.sampled_logp_T, micro.row_T, micro.index_B.numel(), correction)
+            _add(totals, "sum/correction_weight", float((weight.weight_T * micro.mask_T).sum()))
         settings = self.loss_settings
         result = policy_loss(
             new_T,
@@ -214,32 +212,44 @@ class Learner:
             clip_low=settings.clip_low,
             clip_high=settings.clip_high,
             dual_clip=settings.dual_clip,
-            weight_T=weight_T,
+            weight_T=None if weight is None else weight.weight_T,
         )
         loss = result.loss
         _add(totals, "sum/loss", float(loss.detach()))
-        _add(totals, "sum/clipped", float(result.clipped))
+        _add(totals, "sum/clipped", float(result.clipped_T.sum()))
         _add(totals, "sum/dual_clipped", float(result.dual_clipped))
         _add(totals, "sum/approx_kl", float(result.kl))
+        totals.setdefault("rollout_N5", []).append(rollout_rows(micro, result.clipped_T, weight))
         if self.reference is not None:
             with torch.no_grad():
-                reference = self.reference(micro.token_BS, micro.position_T, micro.target_T)[2]
-            penalty = (kl_penalty(raw, reference, settings.kl_form) * micro.mask_T).sum()
+                reference = self.reference(micro.token_BS, micro.position_T, micro.target_T).raw
+            penalty = (kl_penalty(scores.raw, reference, settings.kl_form) * micro.mask_T).sum()
             loss = loss + settings.kl_coef * penalty
             _add(totals, "sum/kl", float(penalty.detach()))
         return loss
 
-    def _old_log_probs(self, batch: TrainBatch, totals: dict[str, float]) -> dict[str, torch.Tensor]:
-        """Log-probs at the sampling weights, before the first update: raw (T=1) and shaped, each float32 (T) over the batch."""
-        old = {name: torch.zeros(batch.tokens, device=self.device) for name in ("raw", "shaped")}
+    def _old_scores(self, batch: TrainBatch, totals: dict[str, Any], task: Task) -> OldScores:
+        """The scores at the sampling weights, before the first update, over the whole batch."""
+        found: list[tuple[torch.Tensor, OldScores]] = []
         with torch.no_grad():
             for index in self._equal_plan(batch):
                 micro = self._move(pad_rows(batch, index))
-                shaped, _, raw, _ = self.engine(micro.token_BS, micro.position_T, micro.target_T, _temperatures(micro))
+                scores = self._scores(micro, task)
                 if index:
-                    old["raw"][micro.source_T], old["shaped"][micro.source_T] = raw, shaped
-                _mismatch(totals, shaped, micro)
-        return old
+                    found.append((micro.source_T, OldScores.of(scores)))
+                    self._compare(totals, scores, micro, task)
+        return OldScores.gathered(found, batch.tokens, self.device)
+
+    def _compare(self, totals: dict[str, Any], scores: Scores, micro: MicroBatch, task: Task) -> None:
+        """Gap between the engine's log-prob and the learner's at the same weights, and the entropies, of sampled tokens."""
+        known_T = ~torch.isnan(micro.sampled_logp_T)
+        gap_T = (scores.shaped.detach() - micro.sampled_logp_T)[known_T].abs()
+        _add(totals, "sum/mismatch", float(gap_T.sum()))
+        _add(totals, "sum/mismatch_tokens", int(known_T.sum()))
+        if gap_T.numel():
+            totals["max/mismatch"] = max(totals.get("max/mismatch", 0.0), float(gap_T.max()))
+        if task.entropies:
+            totals.setdefault("entropy_T", []).append(scores.entropy.detach()[known_T].float().cpu())
 
     def _equal_plan(self, batch: TrainBatch) -> list[list[int]]:
         """Micro-batches of this rank, padded with empty ones to the longest plan: unequal counts abort ZeRO-2 and 3."""
@@ -325,22 +335,6 @@ def _tied_names(policy: PolicyModel) -> dict[str, list[str]]:
 def _temperatures(micro: MicroBatch) -> torch.Tensor | None:
     """None when every temperature is 1, which spares the second distribution."""
     return None if bool((micro.temperature_T == 1.0).all()) else micro.temperature_T
-
-
-def _select_old(batch: TrainBatch, index: list[int], old: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    positions = [torch.arange(int(batch.start_N[i]), int(batch.start_N[i + 1])) for i in index]
-    position_T = torch.cat(positions) if positions else torch.zeros(0, dtype=torch.int64)
-    return {name: values[position_T.to(values.device)] for name, values in old.items()}
-
-
-def _mismatch(totals: dict[str, float], shaped_T: torch.Tensor, micro: MicroBatch) -> None:
-    """Gap between the engine's log-prob and the learner's at the same weights, over tokens the engine sampled."""
-    known_T = ~torch.isnan(micro.sampled_logp_T)
-    gap_T = (shaped_T.detach() - micro.sampled_logp_T)[known_T].abs()
-    _add(totals, "sum/mismatch", float(gap_T.sum()))
-    _add(totals, "sum/mismatch_tokens", int(known_T.sum()))
-    if gap_T.numel():
-        totals["max/mismatch"] = max(totals.get("max/mismatch", 0.0), float(gap_T.max()))
 
 
 def _add(totals: dict[str, float], name: str, value: float) -> None:

@@ -30,8 +30,8 @@ from rollout.weights import WeightBundle, bundle_weights
 Dispatch: Any = _Dispatch  # its members are registered at run time, which a type checker cannot see
 RENDEZVOUS_S = 120.0
 """A task that only names an address; the time is for a process to start on a busy node."""
-TOKEN_COLUMNS = ("token_T", "loss_mask_T", "advantage_T", "sampled_logp_T")
-ROLLOUT_COLUMNS = ("prompt_length_N", "prefill_length_N", "temperature_N", "minibatch_N")
+TOKEN_COLUMNS = ("token_T", "loss_mask_T", "advantage_T", "sampled_logp_T", "bias_T")
+ROLLOUT_COLUMNS = ("prompt_length_N", "prefill_length_N", "temperature_N", "minibatch_N", "index_N")
 
 
 def to_data_proto(batch: TrainBatch, ranks: int) -> DataProto:
@@ -170,7 +170,7 @@ class LearnerWorker(Worker):
         return sum(getattr(p, "ds_numel", p.numel()) for p in self.learner.lm.parameters())
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC, blocking=False)
-    def update(self, data: DataProto) -> dict[str, float]:
+    def update(self, data: DataProto) -> dict[str, Any]:
         """Optimise on this rank's rows; the rest of the arguments travel in ``data.meta_info``."""
         return self.learner.update(from_data_proto(data), **data.meta_info["update"])
 

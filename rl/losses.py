@@ -19,8 +19,8 @@ class PolicyLoss:
     """Surrogate loss, the only one with a gradient."""
     tokens: torch.Tensor
     """Tokens with loss."""
-    clipped: torch.Tensor
-    """Tokens whose ratio clip is active (their gradient is 0)."""
+    clipped_T: torch.Tensor
+    """bool (T): tokens whose ratio clip is active (their gradient is 0)."""
     dual_clipped: torch.Tensor
     """Tokens whose dual clip is active (their gradient is 0)."""
     kl: torch.Tensor
@@ -74,7 +74,7 @@ def policy_loss(
     return PolicyLoss(
         loss=loss_T.sum(),
         tokens=mask_T.sum(),
-        clipped=clipped_T.sum(),
+        clipped_T=clipped_T,
         dual_clipped=dual_T.sum(),
         kl=-log_ratio_T.detach().sum(),
         ratio=torch.where(mask_T, ratio_T.detach(), 0.0).sum(),

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from kernels import linear_logprob_entropy
+from rl.behaviour import Behaviour
 from rl.errors import ConfigError
+
+PLAIN = Behaviour()
+"""Nothing but a base temperature shapes a token."""
+
+
+class Scores(NamedTuple):
+    """What the policy thinks of R response tokens, each float32 (R). A tuple, so that DeepSpeed's hooks see the tensors in it."""
+
+    shaped: torch.Tensor
+    """Log-prob under the distribution the token was sampled from."""
+    raw: torch.Tensor
+    """Log-prob at temperature 1, unshaped."""
+    entropy: torch.Tensor
+    """Entropy at temperature 1, unshaped, in nats."""
+    temperature: torch.Tensor | None
+    """Total temperature; None where it is 1."""
 
 
 class LogProbHead(nn.Module):
@@ -25,17 +42,32 @@ class LogProbHead(nn.Module):
         self.softcap = softcap
 
     def forward(
-        self, hidden_TH: torch.Tensor, target_T: torch.Tensor, temperature_T: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(shaped log-prob, shaped entropy, raw log-prob, raw entropy), each float32 (T), in nats."""
+        self,
+        hidden_TH: torch.Tensor,
+        target_T: torch.Tensor,
+        temperature_T: torch.Tensor | None,
+        bias_T: torch.Tensor | None = None,
+        behaviour: Behaviour = PLAIN,
+    ) -> Scores:
+        """Log-probs and entropies of the targets, raw and under the distribution they were sampled from.
+
+        ``temperature_T`` (None: 1) is multiplied by the behaviour's factor, from the entropy of these very hidden states.
+        """
         options: dict[str, Any] = {"head_bias_V": self.bias, "softcap": self.softcap}
-        if temperature_T is None:
+        if behaviour.rule is not None:
+            with torch.no_grad():  # the temperature is data: no gradient flows through it
+                entropy_T = linear_logprob_entropy(hidden_TH.detach(), self.weight, target_T, **options)[1]
+                factor_T = behaviour.rule(entropy_T)
+            temperature_T = factor_T if temperature_T is None else temperature_T * factor_T
+        if bias_T is not None and behaviour.bias_ids:
+            options |= {"bias_ids": behaviour.bias_ids, "bias_T": bias_T}
+        elif temperature_T is None:
             logp_T, entropy_T = linear_logprob_entropy(hidden_TH, self.weight, target_T, **options)
-            return logp_T, entropy_T, logp_T, entropy_T
-        logp_T, entropy_T, raw_logp_T, raw_entropy_T = linear_logprob_entropy(
+            return Scores(logp_T, logp_T, entropy_T, None)
+        logp_T, _, raw_logp_T, raw_entropy_T = linear_logprob_entropy(
             hidden_TH, self.weight, target_T, temperature_T=temperature_T, return_raw=True, **options
         )
-        return logp_T, entropy_T, raw_logp_T, raw_entropy_T
+        return Scores(logp_T, raw_logp_T, raw_entropy_T, temperature_T)
 
 
 class PolicyModel(nn.Module):
@@ -53,8 +85,14 @@ class PolicyModel(nn.Module):
         self.head = LogProbHead(lm.get_output_embeddings(), softcap=getattr(lm.config, "final_logit_softcapping", None))
 
     def forward(
-        self, token_BS: torch.Tensor, position_T: torch.Tensor, target_T: torch.Tensor, temperature_T: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        self,
+        token_BS: torch.Tensor,
+        position_T: torch.Tensor,
+        target_T: torch.Tensor,
+        temperature_T: torch.Tensor | None = None,
+        bias_T: torch.Tensor | None = None,
+        behaviour: Behaviour = PLAIN,
+    ) -> Scores:
         """See :meth:`LogProbHead.forward`; ``position_T`` indexes the flattened grid of ``token_BS`` (rows, width).
 
         No attention mask and no cache: with right padding causal attention suffices, and transformers 5.10 would take a mask or a
@@ -62,7 +100,7 @@ class PolicyModel(nn.Module):
         """
         hidden_BSH = self.lm.base_model(input_ids=token_BS, use_cache=False).last_hidden_state
         hidden_TH = hidden_BSH.flatten(0, 1)[position_T]
-        return self.head(hidden_TH, target_T, temperature_T)
+        return self.head(hidden_TH, target_T, temperature_T, bias_T, behaviour)
 
 
 def load_policy(

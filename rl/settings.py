@@ -5,20 +5,12 @@ This module imports neither torch nor Ray, so that a configuration is checked in
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-BudgetChoice = Annotated[int, Field(gt=0)] | Literal["free"]
-
-
-class Section(BaseModel):
-    """A part of the configuration: frozen, strict about names."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+from rl.rollout_settings import RolloutSettings
+from rl.sections import Decay, NonNegative, Positive, Section
 
 
 class ModelSettings(Section):
@@ -64,106 +56,6 @@ class DataSettings(Section):
     extract: Literal["after_think", "boxed", "last_line"] = "after_think"
     """Where the answer stands: all text after `</think>`, the last \\boxed{} after `</think>`, or the last line."""
     seed: int = 0
-
-
-class RolloutSettings(Section):
-    workers: Positive = 1
-    """Engine actors."""
-    cpus_per_worker: float = Field(default=1.0, gt=0)
-    """Ray CPUs per engine; on a laptop fractions let all actors fit, e.g. 0.5."""
-    gpus_per_worker: float = Field(default=0.0, ge=0)
-    threads_per_worker: int = Field(default=0, ge=0)
-    """CPU threads of one engine; 0 takes all cores divided by the workers. Engines and learner take turns."""
-    samples_per_prompt: int = Field(default=16, ge=1)
-    """Rollouts per prompt, all budgets together (HBPO: 16)."""
-    budgets: list[BudgetChoice] = Field(default_factory=lambda: ["free"])
-    """Token budgets, increasing, `free` (no sentence) last if present; members are dealt evenly."""
-    budget_template: str = "<think> I will answer the question with {budget} tokens"
-    """Opens the response of a budgeted member; must hold `{budget}` once and `<think>` at most once."""
-    free_template: str = "<think>"
-    """Opens the response of an un-budgeted member."""
-    max_length: Positive = 4096
-    """L_max: cap on response tokens, prefill included (HBPO: 4096)."""
-    temperature: float = Field(default=1.0, gt=0)
-    top_p: float = 1.0
-    top_k: int = -1
-    min_p: float = 0.0
-    max_concurrent: Positive = 64
-    """Requests an engine decodes at once."""
-    kv_cache_gb: float = Field(default=1.0, gt=0)
-    """CPU: gigabytes for the KV cache of one engine."""
-    gpu_memory_fraction: float = Field(default=0.85, gt=0, le=1)
-    """GPU: share of its memory the engine may take."""
-    tensor_parallel: Positive = 1
-    enforce_eager: bool | None = None
-    """None: eager on CPU (starts in seconds), compiled on GPU."""
-    deadline_s: float = Field(default=1800.0, gt=0)
-    """Longest wait for one step's rollouts."""
-    start_deadline_s: float = Field(default=600.0, gt=0)
-    """Longest wait for an engine to load the model."""
-    weight_transport: Literal["auto", "object_store", "nccl"] = "auto"
-    """How weights reach the engines: through Ray's object store (any device, checksummed), or by NCCL from GPU to GPU.
-    `auto`: object_store; NCCL where tensor_parallel spreads an engine over several processes."""
-
-    @field_validator("budgets")
-    @classmethod
-    def _increasing(cls, budgets: list[int | str]) -> list[int | str]:
-        if not budgets:
-            raise ValueError("rollout.budgets is empty; write [free] for rollouts without a budget")
-        numbers = [b for b in budgets if isinstance(b, int)]
-        if budgets.count("free") > 1 or ("free" in budgets and budgets[-1] != "free"):
-            raise ValueError(f"rollout.budgets {budgets}: put `free` once, at the end")
-        if any(a >= b for a, b in zip(numbers, numbers[1:], strict=False)):
-            raise ValueError(f"rollout.budgets {budgets} must increase; write {sorted(set(numbers))}")
-        return budgets
-
-    @field_validator("budget_template")
-    @classmethod
-    def _one_budget(cls, template: str) -> str:
-        if template.count("{budget}") != 1 or template.count("<think>") > 1:
-            raise ValueError(f"rollout.budget_template {template!r} must hold {{budget}} exactly once and <think> at most once")
-        return template
-
-    @property
-    def transport(self) -> Literal["object_store", "nccl"]:
-        """`weight_transport` with `auto` decided."""
-        if self.weight_transport == "auto":
-            return "nccl" if self.tensor_parallel > 1 else "object_store"
-        return self.weight_transport
-
-    @model_validator(mode="after")
-    def _transports(self) -> RolloutSettings:
-        if self.transport == "nccl" and self.gpus_per_worker < 1:
-            raise ValueError(
-                f"rollout.weight_transport=nccl (tensor_parallel={self.tensor_parallel}) goes from GPU to GPU and an engine has "
-                f"rollout.gpus_per_worker={self.gpus_per_worker:g}; use object_store with tensor_parallel=1, or give it GPUs"
-            )
-        if self.transport == "object_store" and self.tensor_parallel > 1:
-            raise ValueError("rollout.weight_transport=object_store serves engines of one process; use nccl with tensor_parallel")
-        return self
-
-    @model_validator(mode="after")
-    def _fits(self) -> RolloutSettings:
-        numbers = [b for b in self.budgets if b != "free"]
-        if numbers and numbers[-1] > self.max_length:
-            raise ValueError(
-                f"rollout.budgets: {numbers[-1]} is above rollout.max_length={self.max_length}; "
-                f"raise max_length to {numbers[-1]} or more, or drop that budget"
-            )
-        if self.samples_per_prompt % len(self.budgets):
-            k = len(self.budgets)
-            low = self.samples_per_prompt // k * k
-            raise ValueError(
-                f"rollout.samples_per_prompt={self.samples_per_prompt} cannot be dealt evenly over {k} budgets; "
-                f"use {' or '.join(str(n) for n in (low, low + k) if n)}"
-            )
-        unreplayable = [name for name, off in (("top_p", 1.0), ("top_k", -1), ("min_p", 0.0)) if getattr(self, name) != off]
-        if unreplayable:
-            raise ValueError(
-                f"rollout.{unreplayable[0]} cuts the sampling distribution, which the learner cannot replay, so importance "
-                f"ratios would be wrong; leave it at its default in training (evaluation has its own eval.top_p)"
-            )
-        return self
 
 
 class RewardSettings(Section):
@@ -255,6 +147,8 @@ class EvalSettings(Section):
     after: bool = True
     with_budgets: bool = False
     """Also evaluate under each budget of rollout.budgets."""
+    shaped: bool = False
+    """Decode with rollout.adaptive and rollout.reflex as in training, instead of plainly."""
     temperature: float = Field(default=1.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
 
@@ -327,6 +221,11 @@ class Settings(Section):
     `truncated`: the same times min(C, pi_old/mu_engine). `replay`: ratio of the shaped probabilities."""
     correction_cap: float = Field(default=2.0, gt=0)
     """C of `truncated`: largest weight pi_old / mu_engine."""
+    correction_mask: Literal["none", "sequence", "geometric"] = "none"
+    """`truncated`: leave out rollouts whose ratio pi_old / mu_engine is out of bounds: the product over the rollout's tokens
+    (`sequence`, which rejects long ones first), or its geometric mean per token (`geometric`)."""
+    correction_bounds: tuple[float, float] = (0.5, 2.0)
+    """The bounds of correction_mask."""
     prompts_per_step: Positive = 16
     max_steps: Positive | None = None
     max_tokens: Positive | None = None
@@ -345,6 +244,18 @@ class Settings(Section):
         if self.learner.lr_schedule != "constant" and self.max_steps is None:
             raise ValueError(
                 f"learner.lr_schedule={self.learner.lr_schedule} falls to 0 at max_steps, which is not set; set it, or constant"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _masks(self) -> Settings:
+        low, high = self.correction_bounds
+        if not 0 < low < 1 < high:
+            raise ValueError(f"correction_bounds={[low, high]} must lie around 1: 0 < low < 1 < high, such as [0.5, 2.0]")
+        if self.correction_mask != "none" and self.correction != "truncated":
+            raise ValueError(
+                f"correction_mask={self.correction_mask} looks at pi_old / mu_engine, which only correction=truncated uses; "
+                f"set correction=truncated, or correction_mask=none"
             )
         return self
 

@@ -17,6 +17,7 @@ from rl.batch import pack_rollouts
 from rl.cluster import Workforce
 from rl.learner_worker import to_data_proto
 from rl.models import MODEL_SUFFIXES
+from rl.replay import Task
 from rl.settings import LearnerSettings, LossSettings, Settings
 from rl.traces import Trace
 from rl.types import Budget, BudgetKind, FinishReason, Lease, Prompt, Rollout, Shaping, TrainBatch
@@ -158,7 +159,11 @@ def _update(
     per_minibatch = [0] * minibatches
     for i, owner in enumerate(batch.minibatch_N.tolist()):
         per_minibatch[owner] += int(batch.loss_mask_T[batch.start_N[i] : batch.start_N[i + 1]].sum())
-    data.meta_info["update"] = {"objective": "likelihood", "global_tokens": per_minibatch, "total_updates": total_updates}
+    data.meta_info["update"] = {
+        "task": Task(objective="likelihood"),
+        "global_tokens": per_minibatch,
+        "total_updates": total_updates,
+    }
     refs = workforce.learners.update(data)
     seconds = workforce.settings.learner.deadline_s
     return wait_for(refs, seconds=seconds, what="learner updates (warm start)", stop=stop)[0]

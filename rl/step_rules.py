@@ -21,10 +21,10 @@ NO_ANSWER_SHARE = 0.9
 
 
 def effective_correction(settings: Settings) -> str:
-    """`auto` is `replay` when sampling was shaped (temperature not 1), else `none`; with temperature 1 the two are equal."""
+    """`auto` is `replay` when sampling is shaped, else `none`; where it is not shaped the two are equal."""
     if settings.correction != "auto":
         return settings.correction
-    return "replay" if settings.rollout.temperature != 1.0 else "none"
+    return "replay" if settings.rollout.is_shaped else "none"
 
 
 def build_batch(groups: tuple[Group, ...], settings: Settings) -> tuple[TrainBatch, torch.Tensor, list[Scored]]:

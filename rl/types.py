@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -31,7 +31,11 @@ class Budget:
     """Budget in response tokens, prefill included; 0 only for FREE."""
     kind: BudgetKind
     template: str
-    """Sentence with ``{budget}`` that opens the response, for example ``<think> I will ... {budget} tokens``."""
+    """Words with ``{budget}`` that say it, for example ``<think> I will ... {budget} tokens``."""
+    place: Literal["prefill", "suffix"] = "prefill"
+    """Whether the words open the response or end the question."""
+    hard: bool = False
+    """Whether the engine ends the thinking after so many tokens by forcing ``</think>``."""
 
     @property
     def is_free(self) -> bool:
@@ -49,11 +53,65 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class EntropyStatistics:
+    """What a step's log entropies ``l = ln max(H, 1e-8)`` looked like (HAPO, arXiv 2509.16591); nats.
+
+    With ``h = (l - pivot) / spread``, the normalised signal is ``h / high`` above the pivot and ``h / |low|`` below.
+    """
+
+    pivot: float
+    """The rho-quantile of l."""
+    spread: float
+    """Root mean square of ``l - pivot``."""
+    high: float
+    """Largest h, at least 0."""
+    low: float
+    """Smallest h, at most 0."""
+    deviation: float
+    """Standard deviation of l about its mean (population)."""
+    tokens: int
+    """Tokens they were taken from."""
+
+
+@dataclass(frozen=True)
+class AdaptiveTemperature:
+    """HAPO's temperature by entropy; see `rollout.temperature.adaptive_temperature`."""
+
+    statistics: EntropyStatistics
+    form: Literal["signed", "literal", "zscore"] = "signed"
+    tau: float = 0.05
+
+
+@dataclass(frozen=True)
+class Reflex:
+    """A bias on reflection words that depends on the number t of tokens generated before; see `rollout/reflex.py`."""
+
+    schedule: Literal["wave", "constant", "silver"] = "wave"
+    amplitude: float = 3.0
+    """Nats."""
+    period: float = 600.0
+    """Tokens."""
+    shift: float = 0.0
+    """Share of a period."""
+    rate: float = 1.5
+    first: int = 0
+    """The bias is on for first <= t < last; always off after a generated ``</think>``."""
+    last: int | None = None
+
+
+@dataclass(frozen=True)
 class Shaping:
-    """Everything that turns raw logits into the distribution sampled from; the learner can replay all of it."""
+    """Everything that turns raw logits into the distribution sampled from; the learner can replay all of it.
+
+    ``softmax((z + bias_t 1[v is a reflection word]) / (temperature * factor(H)))``, H the entropy of softmax(z).
+    """
 
     temperature: float = 1.0
     """Base temperature, > 0."""
+    adaptive: AdaptiveTemperature | None = None
+    """None: factor 1. Also None at the first step, which has no statistics yet."""
+    reflex: Reflex | None = None
+    """None: bias 0."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +168,8 @@ class Rollout:
     weight_version: int
     text: str
     """Derived from ``response_ids`` for graders and eyes; special tokens kept, so ``</think>`` is visible."""
+    forced: tuple[int, ...] = ()
+    """Positions in ``response_ids`` whose token a hard budget forced: not sampled, so no log-prob and no loss."""
 
     @property
     def length(self) -> int:
@@ -197,9 +257,13 @@ class TrainBatch:
     sampled_logp_T: torch.Tensor
     """float32 (T): engine log-prob where the engine sampled, NaN elsewhere."""
     temperature_N: torch.Tensor
-    """float32 (N): the sampling temperature."""
+    """float32 (N): the base temperature of sampling."""
     minibatch_N: torch.Tensor
     """int64 (N): which mini-batch each rollout belongs to, 0-based."""
+    bias_T: torch.Tensor
+    """float32 (T): what was added to the logits of the reflection words, in nats; 0 where the engine did not sample."""
+    index_N: torch.Tensor
+    """int64 (N): each rollout's place in the step's whole batch, whatever share of it this is."""
 
     @property
     def rollouts(self) -> int:

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from rl.batch import pad_rows, select_rollouts
+from rl.correction import Correction
 from rl.learner import Learner
+from rl.replay import Task
 from rl.settings import LossSettings
 from rl.types import TrainBatch
 from tests.parity.plain import Lengths, PlainLearner, largest_gap, load_plain, loss_tokens, plain_logp, random_batch
@@ -30,7 +32,7 @@ def _weights(learner: Learner) -> dict[str, torch.Tensor]:
 
 
 def _update(learner: Learner, batch: TrainBatch, **options: Any) -> dict[str, float]:
-    return learner.update(batch, **{"objective": "policy", "global_tokens": loss_tokens(batch), "total_updates": None, **options})
+    return learner.update(batch, **{"global_tokens": loss_tokens(batch), "total_updates": None, **options})
 
 
 def _log_probs(learner: Learner, batch: TrainBatch, index: list[int], *, shaped: bool = False) -> dict[int, torch.Tensor]:
@@ -138,11 +140,11 @@ def test_replay_forms_the_ratio_of_the_tempered_probabilities(make_learner: Make
     learner = make_learner(minibatches=2)
     replayed.update(batch)
     raw.update(batch)
-    _update(learner, batch, correction="replay")
+    _update(learner, batch, task=Task(correction=Correction("replay")))
     assert largest_gap(_weights(learner), replayed.weights()) < TOLERANCE
     assert largest_gap(_weights(learner), raw.weights()) > 5 * TOLERANCE
     unshaped = make_learner(minibatches=2)
-    _update(unshaped, batch, correction="none")
+    _update(unshaped, batch)
     assert largest_gap(_weights(unshaped), raw.weights()) < TOLERANCE
 
 
@@ -150,7 +152,7 @@ def test_truncated_correction_weighs_each_token_by_learner_over_engine(make_lear
     batch = random_batch(LENGTHS)
     plain, learner = PlainLearner(tiny_folder, lr=LR, cap=1.5), make_learner()
     plain.update(batch)
-    totals = _update(learner, batch, correction="truncated", correction_cap=1.5)
+    totals = _update(learner, batch, task=Task(correction=Correction("truncated", cap=1.5)))
     assert largest_gap(_weights(learner), plain.weights()) < TOLERANCE
     mean = totals["sum/correction_weight"] / totals["sum/tokens"]
     assert 0 < mean < 1.5
@@ -164,7 +166,7 @@ def test_correction_weights_are_one_where_engine_and_learner_agree(make_learner:
     for i, values in known.items():
         logp_T[first_N[i] : batch.start_N[i + 1]] = values
     agreed = replace(batch, sampled_logp_T=torch.where(batch.sampled_logp_T.isnan(), math.nan, logp_T))
-    totals = _update(learner, agreed, correction="truncated")
+    totals = _update(learner, agreed, task=Task(correction=Correction("truncated")))
     assert totals["sum/correction_weight"] == pytest.approx(totals["sum/tokens"], rel=1e-5)
     assert totals["max/mismatch"] < 1e-5
 
@@ -282,8 +284,8 @@ def test_a_saved_learner_goes_on_exactly_where_it_stopped(make_learner: MakeLear
 
 def test_supervised_loss_is_the_mean_negative_log_prob(make_learner: MakeLearner, tiny_folder: Path) -> None:
     batch, learner, lm = random_batch(LENGTHS), make_learner(), load_plain(tiny_folder)
-    totals = _update(learner, batch, objective="likelihood")
+    totals = _update(learner, batch, task=Task(objective="likelihood"))
     with torch.no_grad():
         expected = -sum(float(plain_logp(lm, batch, i).sum()) for i in range(batch.rollouts))
     assert totals["sum/loss"] == pytest.approx(expected, rel=1e-5)
-    assert _update(learner, batch, objective="likelihood")["sum/loss"] < totals["sum/loss"]
+    assert _update(learner, batch, task=Task(objective="likelihood"))["sum/loss"] < totals["sum/loss"]

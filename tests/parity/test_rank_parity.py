@@ -44,7 +44,7 @@ class Group:
 
     def update(self, batch: TrainBatch) -> list[dict[str, float]]:
         data = to_data_proto(batch, self.ranks)
-        data.meta_info["update"] = {"objective": "policy", "global_tokens": loss_tokens(batch), "total_updates": None}
+        data.meta_info["update"] = {"global_tokens": loss_tokens(batch), "total_updates": None}
         return self.call("update", data)
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -75,7 +75,7 @@ def expected(make_learner: Callable[..., Learner]) -> tuple[dict[str, torch.Tens
     """Weights and metrics of one rank, in this process."""
     learner = make_learner(minibatches=2, tokens_per_microbatch=128)
     metrics = [
-        learner.update(batch, objective="policy", global_tokens=loss_tokens(batch), total_updates=None) for batch in _batches()
+        learner.update(batch, global_tokens=loss_tokens(batch), total_updates=None) for batch in _batches()
     ]
     return dict(learner.named_weights()), metrics
 

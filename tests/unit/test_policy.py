@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import GemmaConfig, LlamaConfig, LlamaForCausalLM
 
+from kernels import TemperatureRule
+from rl.behaviour import Behaviour
 from rl.embedded import build_tiny
 from rl.errors import ConfigError
 from rl.policy import LogProbHead, PolicyModel, load_policy
@@ -38,26 +40,52 @@ def _llama(**config: object) -> LlamaForCausalLM:
 def test_the_head_gives_log_prob_and_entropy_of_a_known_distribution() -> None:
     """Logits ln 1, ln 1, ln 2: probabilities 1/4, 1/4, 1/2, entropy 1.5 ln 2."""
     head = LogProbHead(_linear([[0.0], [0.0], [LN2]]), softcap=None)
-    logp_T, entropy_T, raw_logp_T, raw_entropy_T = head(torch.ones(2, 1), torch.tensor([0, 2]), None)
-    assert logp_T.tolist() == pytest.approx([-2 * LN2, -LN2])
-    assert entropy_T.tolist() == pytest.approx([1.5 * LN2] * 2)
-    assert torch.equal(logp_T, raw_logp_T) and torch.equal(entropy_T, raw_entropy_T)
+    scores = head(torch.ones(2, 1), torch.tensor([0, 2]), None)
+    assert scores.raw.tolist() == pytest.approx([-2 * LN2, -LN2])
+    assert scores.entropy.tolist() == pytest.approx([1.5 * LN2] * 2)
+    assert torch.equal(scores.shaped, scores.raw) and scores.temperature is None
 
 
 def test_a_temperature_shapes_the_first_pair_and_leaves_the_raw_pair() -> None:
     """At temperature 1/2 the logits ln 2 become ln 4: probabilities 1/6, 1/6, 2/3."""
     head = LogProbHead(_linear([[0.0], [0.0], [LN2]]), softcap=None)
-    logp_T, _, raw_logp_T, raw_entropy_T = head(torch.ones(2, 1), torch.tensor([0, 2]), torch.full((2,), 0.5))
-    assert logp_T.tolist() == pytest.approx([math.log(1 / 6), math.log(2 / 3)])
-    assert raw_logp_T.tolist() == pytest.approx([-2 * LN2, -LN2])
-    assert raw_entropy_T.tolist() == pytest.approx([1.5 * LN2] * 2)
+    scores = head(torch.ones(2, 1), torch.tensor([0, 2]), torch.full((2,), 0.5))
+    assert scores.shaped.tolist() == pytest.approx([math.log(1 / 6), math.log(2 / 3)])
+    assert scores.raw.tolist() == pytest.approx([-2 * LN2, -LN2])
+    assert scores.entropy.tolist() == pytest.approx([1.5 * LN2] * 2)
+
+
+def test_a_rule_heats_by_the_entropy_of_the_raw_distribution_and_passes_no_gradient() -> None:
+    """Entropy 1.5 ln 2; a rule of slope 1 about pivot 0 gives 1 + 0.5 ln(1.5 ln 2), on top of a base temperature of 2."""
+    head = LogProbHead(_linear([[0.0], [0.0], [LN2]]), softcap=None)
+    rule = TemperatureRule(0.0, 1.0, 1.0, tau=0.5)
+    hidden = torch.ones(1, 1, requires_grad=True)
+    scores = head(hidden, torch.tensor([2]), torch.tensor([2.0]), None, Behaviour(rule))
+    expected = 2.0 * (1.0 + 0.5 * math.log(1.5 * LN2))
+    assert scores.temperature is not None and scores.temperature.tolist() == pytest.approx([expected])
+    fixed = torch.ones(1, 1, requires_grad=True)
+    same = head(fixed, torch.tensor([2]), torch.tensor([expected]))
+    assert scores.shaped.tolist() == pytest.approx(same.shaped.tolist())
+    scores.shaped.sum().backward()
+    same.shaped.sum().backward()
+    assert hidden.grad is not None and fixed.grad is not None
+    torch.testing.assert_close(hidden.grad, fixed.grad)
+
+
+def test_a_reflection_bias_lifts_its_words_before_the_temperature() -> None:
+    """Logits 0, 0 and a bias of ln 3 on the second at temperature 1/2: 1 to 9."""
+    head = LogProbHead(_linear([[0.0], [0.0]]), softcap=None)
+    bias = torch.tensor([math.log(3.0)])
+    scores = head(torch.ones(1, 1), torch.tensor([1]), torch.tensor([0.5]), bias, Behaviour(bias_ids=(1,)))
+    assert scores.shaped.tolist() == pytest.approx([math.log(0.9)])
+    assert scores.raw.tolist() == pytest.approx([-LN2])
 
 
 def test_a_bias_and_a_softcap_act_on_the_logits() -> None:
     biased = LogProbHead(_linear([[0.0], [0.0]], bias=[0.0, math.log(3.0)]), softcap=None)
-    assert biased(torch.ones(1, 1), torch.tensor([1]), None)[0].tolist() == pytest.approx([math.log(0.75)])
+    assert biased(torch.ones(1, 1), torch.tensor([1]), None).raw.tolist() == pytest.approx([math.log(0.75)])
     capped = LogProbHead(_linear([[0.0], [1000.0]]), softcap=LN2)  # tanh(inf) = 1, so the logit is the cap
-    assert capped(torch.ones(1, 1), torch.tensor([1]), None)[0].tolist() == pytest.approx([math.log(2 / 3)])
+    assert capped(torch.ones(1, 1), torch.tensor([1]), None).raw.tolist() == pytest.approx([math.log(2 / 3)])
 
 
 def test_the_head_trains_the_weight_it_shares_with_the_embedding(tmp_path: Path) -> None:
@@ -81,7 +109,7 @@ def test_a_bfloat16_policy_still_answers_in_float32(tmp_path: Path) -> None:
     policy = load_policy(_tiny(tmp_path), dtype="bfloat16")
     assert {p.dtype for p in policy.parameters()} == {torch.bfloat16}
     out = policy(torch.tensor([[5, 6, 7]]), torch.tensor([0, 1]), torch.tensor([6, 7]))
-    assert {tensor.dtype for tensor in out} == {torch.float32}
+    assert {tensor.dtype for tensor in out if tensor is not None} == {torch.float32}
 
 
 def test_gradient_checkpointing_gives_the_same_gradient(tmp_path: Path) -> None:

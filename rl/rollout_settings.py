@@ -1,0 +1,205 @@
+"""Settings of the rollout workers: engines, sampling, how sampling is shaped, budgets."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from rl.budget_settings import BudgetSource, largest_budget
+from rl.sections import Positive, Section
+
+REFLECTION_WORDS = ("wait", "Wait", "but", "But", "Alternatively")
+"""The words of CyclicReflex (arXiv 2506.11077), looked up in the vocabulary as they stand here."""
+
+
+class AdaptiveSettings(Section):
+    """HAPO's adaptive temperature: hotter where the model is unsure, cooler where it is sure (arXiv 2509.16591, part A)."""
+
+    form: Literal["signed", "literal", "zscore"] = "signed"
+    """`signed`: 1 + tau clamp(h), h in [-1, 1]. `literal`: the published code, which never cools. `zscore`: 1 + tau z."""
+    tau: float = Field(default=0.05, gt=0, lt=1)
+    """Largest change of the temperature as a share of it; for `zscore` the change per standard deviation (paper: 0.1)."""
+    rho: float = Field(default=0.8, gt=0, lt=1)
+    """Quantile of the log entropies at which the temperature is not changed."""
+
+
+class ReflexSettings(Section):
+    """A bias on reflection words over the course of an answer (CyclicReflex, arXiv 2506.11077) and its baselines."""
+
+    schedule: Literal["wave", "constant", "silver"] = "wave"
+    """`wave`: triangular, rising first. `constant`: `amplitude` at every token (TIP: -3). `silver`: powers of `rate`."""
+    amplitude: float = Field(default=3.0, ge=-100, le=100)
+    """Nats added to the words' logits: height of the wave, or the constant."""
+    period: float = Field(default=600.0, gt=0)
+    """Tokens of one wave."""
+    shift: float = Field(default=0.0, ge=0, le=1)
+    """Phase at the first token, as a share of the period."""
+    rate: float = Field(default=1.5, gt=0, le=10)
+    """Base of the `silver` schedule."""
+    first: int = Field(default=0, ge=0)
+    """Generated tokens before the bias begins."""
+    last: Positive | None = None
+    """Generated tokens after which it ends; None: at `</think>` only."""
+    words: list[str] = Field(default_factory=lambda: list(REFLECTION_WORDS), min_length=1)
+    """Keys of the vocabulary to bias; each must be one token."""
+    leading_space: bool = False
+    """Bias the words with a space in front too, where the vocabulary has them as one token."""
+
+    @model_validator(mode="after")
+    def _ends_after_it_begins(self) -> ReflexSettings:
+        if self.last is not None and self.last <= self.first:
+            raise ValueError(f"rollout.reflex: last={self.last} is not above first={self.first}, so nothing would be biased")
+        if self.schedule == "wave" and self.amplitude < 0:
+            raise ValueError("rollout.reflex.amplitude below 0 turns the wave round; use shift=0.5 instead")
+        return self
+
+
+class RolloutSettings(Section):
+    workers: Positive = 1
+    """Engine actors."""
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+    """Ray CPUs per engine; on a laptop fractions let all actors fit, e.g. 0.5."""
+    gpus_per_worker: float = Field(default=0.0, ge=0)
+    threads_per_worker: int = Field(default=0, ge=0)
+    """CPU threads of one engine; 0 takes all cores divided by the workers. Engines and learner take turns."""
+    samples_per_prompt: int = Field(default=16, ge=1)
+    """Rollouts per prompt, all budgets together (HBPO: 16)."""
+    budgets: BudgetSource = Field(default_factory=lambda: ["free"])
+    """A list (increasing, `free` last; members are dealt evenly), or a section with `kind`: range, schedule or memory."""
+    budget_kind: Literal["at_most", "exact"] = "at_most"
+    """Whether a budget is a cap or a target; metrics and rewards read it."""
+    budget_place: Literal["prefill", "suffix", "none"] = "prefill"
+    """Where the budget is said: opening the response, after the question, or nowhere (a hard budget needs no words)."""
+    budget_template: str = "<think> I will answer the question with {budget} tokens"
+    """The words; must hold `{budget}` once and `<think>` at most once (in a suffix, not at all)."""
+    free_template: str = "<think>"
+    """Opens the response of a member whose response no budget sentence opens."""
+    hard_budgets: bool = False
+    """The engine ends the thinking at the budget: it forces `</think>`, which carries no loss."""
+    answer_tokens: Positive | None = None
+    """hard_budgets: tokens left for the answer after the budget; None: up to max_length."""
+    max_length: Positive = 4096
+    """L_max: cap on response tokens, prefill included (HBPO: 4096)."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Base temperature."""
+    adaptive: AdaptiveSettings | None = None
+    """Temperature by entropy (HAPO); None: the base temperature everywhere."""
+    reflex: ReflexSettings | None = None
+    """Bias on reflection words (CyclicReflex); None: no bias."""
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    max_concurrent: Positive = 64
+    """Requests an engine decodes at once."""
+    kv_cache_gb: float = Field(default=1.0, gt=0)
+    """CPU: gigabytes for the KV cache of one engine."""
+    gpu_memory_fraction: float = Field(default=0.85, gt=0, le=1)
+    """GPU: share of its memory the engine may take."""
+    tensor_parallel: Positive = 1
+    enforce_eager: bool | None = None
+    """None: eager on CPU (starts in seconds), compiled on GPU."""
+    deadline_s: float = Field(default=1800.0, gt=0)
+    """Longest wait for one step's rollouts."""
+    start_deadline_s: float = Field(default=600.0, gt=0)
+    """Longest wait for an engine to load the model."""
+    weight_transport: Literal["auto", "object_store", "nccl"] = "auto"
+    """How weights reach the engines: through Ray's object store (any device, checksummed), or by NCCL from GPU to GPU.
+    `auto`: object_store; NCCL where tensor_parallel spreads an engine over several processes."""
+
+    speculative: dict[str, Any] | None = None
+    """vLLM's speculative_config, passed through; see docs/speculative.md. Off by default."""
+    heartbeat_s: float = Field(default=120.0, gt=0)
+    """Longest silence of an engine that has work; then it counts as lost."""
+
+    @field_validator("budgets")
+    @classmethod
+    def _increasing(cls, budgets: Any) -> Any:
+        if not isinstance(budgets, list):
+            return budgets
+        if not budgets:
+            raise ValueError("rollout.budgets is empty; write [free] for rollouts without a budget")
+        numbers = [b for b in budgets if isinstance(b, int)]
+        if budgets.count("free") > 1 or ("free" in budgets and budgets[-1] != "free"):
+            raise ValueError(f"rollout.budgets {budgets}: put `free` once, at the end")
+        if any(a >= b for a, b in zip(numbers, numbers[1:], strict=False)):
+            raise ValueError(f"rollout.budgets {budgets} must increase; write {sorted(set(numbers))}")
+        return budgets
+
+    @field_validator("budget_template")
+    @classmethod
+    def _one_budget(cls, template: str) -> str:
+        if template.count("{budget}") != 1 or template.count("<think>") > 1:
+            raise ValueError(f"rollout.budget_template {template!r} must hold {{budget}} exactly once and <think> at most once")
+        return template
+
+    @property
+    def is_shaped(self) -> bool:
+        """Whether tokens are drawn from anything but softmax(logits)."""
+        return self.temperature != 1.0 or self.adaptive is not None or self.reflex is not None
+
+    @property
+    def transport(self) -> Literal["object_store", "nccl"]:
+        """`weight_transport` with `auto` decided."""
+        if self.weight_transport == "auto":
+            return "nccl" if self.tensor_parallel > 1 else "object_store"
+        return self.weight_transport
+
+    @model_validator(mode="after")
+    def _transports(self) -> RolloutSettings:
+        if self.transport == "nccl" and self.gpus_per_worker < 1:
+            raise ValueError(
+                f"rollout.weight_transport=nccl (tensor_parallel={self.tensor_parallel}) goes from GPU to GPU and an engine has "
+                f"rollout.gpus_per_worker={self.gpus_per_worker:g}; use object_store with tensor_parallel=1, or give it GPUs"
+            )
+        if self.transport == "object_store" and self.tensor_parallel > 1:
+            raise ValueError("rollout.weight_transport=object_store serves engines of one process; use nccl with tensor_parallel")
+        return self
+
+    @model_validator(mode="after")
+    def _fits(self) -> RolloutSettings:
+        largest = largest_budget(self.budgets)
+        if largest is not None and largest > self.max_length:
+            raise ValueError(
+                f"rollout.budgets: {largest} is above rollout.max_length={self.max_length}; "
+                f"raise max_length to {largest} or more, or drop that budget"
+            )
+        if isinstance(self.budgets, list) and self.samples_per_prompt % len(self.budgets):
+            k = len(self.budgets)
+            low = self.samples_per_prompt // k * k
+            raise ValueError(
+                f"rollout.samples_per_prompt={self.samples_per_prompt} cannot be dealt evenly over {k} budgets; "
+                f"use {' or '.join(str(n) for n in (low, low + k) if n)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _budget_words(self) -> RolloutSettings:
+        if self.budget_place == "suffix" and "<think>" in self.budget_template:
+            raise ValueError(
+                f"rollout.budget_template={self.budget_template!r} opens the thinking inside the question; "
+                f'with budget_place=suffix write words only, such as " Think for {{budget}} tokens."'
+            )
+        if self.budget_place == "none" and not self.hard_budgets and self.budgets != ["free"]:
+            raise ValueError("rollout.budget_place=none tells nobody the budget; set hard_budgets=true, prefill or suffix")
+        if self.answer_tokens is not None and not self.hard_budgets:
+            raise ValueError("rollout.answer_tokens comes after a hard budget; set rollout.hard_budgets=true, or leave it out")
+        largest = largest_budget(self.budgets)
+        if self.hard_budgets and largest is None:
+            raise ValueError("rollout.hard_budgets=true has no budget to enforce; name some in rollout.budgets")
+        if self.hard_budgets and largest is not None and largest >= self.max_length:
+            raise ValueError(
+                f"rollout.hard_budgets: a budget of {largest} leaves no answer inside rollout.max_length={self.max_length}; "
+                f"raise max_length"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _replayable(self) -> RolloutSettings:
+        unreplayable = [name for name, off in (("top_p", 1.0), ("top_k", -1), ("min_p", 0.0)) if getattr(self, name) != off]
+        if unreplayable:
+            raise ValueError(
+                f"rollout.{unreplayable[0]} cuts the sampling distribution, which the learner cannot replay, so importance "
+                f"ratios would be wrong; leave it at its default in training (evaluation has its own eval.top_p)"
+            )
+        return self
