@@ -351,3 +351,20 @@ def test_the_version_keeps_transformers_from_taking_us_for_the_hub_package() -> 
 
     assert kernels.__version__ == "0.0.0"
     assert is_kernels_available() is False
+
+
+def test_every_row_may_have_a_rule_of_its_own_and_one_of_tau_0_is_left_alone() -> None:
+    """Blocks of rows and the reference agree, whatever the row a block begins with."""
+    torch.manual_seed(0)
+    logits = torch.randn(7, 50_000) * 4
+    tau = torch.tensor([0.3, 0.0, 0.05, 0.3, 0.0, 0.2, 0.1])
+    rule = kernels.TemperatureRule(torch.linspace(-1, 1, 7), 0.8, torch.full((7,), 0.3), tau=tau)
+    bias = torch.tensor([0.0, 0.0, 1.0, -1.0, 0.0, 2.0, 0.0])
+    options: dict[str, Any] = {"temperature_rule": rule, "bias_ids": [3, 40_000], "bias_B": bias}
+    shaped = kernels.shape_logits_(logits.clone(), backend="eager", **options)
+    expected = kernels.shape_logits_(logits.clone(), backend="reference", **options)
+    torch.testing.assert_close(shaped, expected)
+    assert torch.equal(shaped[[1, 4]], logits[[1, 4]]) and not torch.equal(shaped[0], logits[0])
+    one = kernels.TemperatureRule(float(rule.rows(slice(2, 3)).pivot), 0.8, 0.3, tau=0.05)  # pyright: ignore
+    alone = kernels.shape_logits_(logits[2:3].clone(), temperature_rule=one, bias_ids=[3, 40_000], bias_B=bias[2:3])
+    torch.testing.assert_close(alone[0], shaped[2])

@@ -140,7 +140,8 @@ def test_logits_are_shaped_as_by_the_reference(dtype: torch.dtype) -> None:
     logits[2, 7] = -math.inf
     rule = kernels.TemperatureRule(math.log(4.0), above=1.2, below=0.4, tau=0.3)
     options: dict[str, Any] = {"bias_ids": [3, 300], "bias_B": torch.randn(6, generator=generator), "base": 0.7}
-    for chosen in (None, rule):
+    own = kernels.TemperatureRule(torch.linspace(0.5, 2.0, 6), 1.2, 0.4, tau=torch.tensor([0.3, 0.0, 0.1, 0.3, 0.0, 0.2]))
+    for chosen in (None, rule, own):
         expected = kernels.shape_logits_(logits.float().clone(), temperature_rule=chosen, backend="reference", **options)
         found = kernels.shape_logits_(logits.clone(), temperature_rule=chosen, backend="triton", **options)
         torch.testing.assert_close(found.float(), expected, atol=2e-6 if dtype == torch.float32 else 0.05, rtol=1e-2)
