@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
+from rl.schedule import deal, expected_length, group_of
 from rl.types import Budget, Group, Lease, Prompt, Rollout, Scored, Shaping
 
 MAX_ATTEMPTS = 2
@@ -171,6 +172,10 @@ class Coordinator:
         settled = (TicketState.SCORED, TicketState.LOST)
         return [name for name, ticket in self.tickets.items() if ticket.state not in settled]
 
+    def busy_engines(self) -> set[int]:
+        """The engines that owe rollouts."""
+        return {ticket.engine for ticket in self.tickets.values() if ticket.state is TicketState.LEASED}
+
     def _begin(self, event: StepBegan) -> list[Instruction]:
         if self.open_tickets():
             raise ValueError(f"a step began with {len(self.open_tickets())} tickets of the last one open")
@@ -180,18 +185,15 @@ class Coordinator:
         return self._deal(event.leases, event.engines) or self._close()
 
     def _deal(self, leases: Sequence[Lease], engines: Sequence[int]) -> list[Instruction]:
-        """Whole groups go to one engine (shared prefix), the next group to the engine with the fewest tokens so far."""
+        """Whole groups, the next one to the engine with the fewest tokens to come; what it still owes counts."""
         load = dict.fromkeys(engines, 0)
-        shares: dict[int, list[Lease]] = {engine: [] for engine in engines}
-        by_prompt: dict[str, list[Lease]] = {}
-        for lease in leases:
-            by_prompt.setdefault(lease.ticket.rsplit(".", 1)[0], []).append(lease)
-        for group in by_prompt.values():
-            engine = min(engines, key=lambda e: (load[e], e))
-            load[engine] += sum(_expected_length(lease) for lease in group)
-            shares[engine] += group
-            self.tickets |= {lease.ticket: _Ticket(lease, engine) for lease in group}
-        return [Generate(engine, tuple(share)) for engine, share in shares.items() if share]
+        for ticket in self.tickets.values():
+            if ticket.state is TicketState.LEASED and ticket.engine in load:
+                load[ticket.engine] += expected_length(ticket.lease)
+        shares = deal(leases, load)
+        engine_of = {lease.ticket: engine for engine, share in shares.items() for lease in share}
+        self.tickets |= {lease.ticket: _Ticket(lease, engine_of[lease.ticket]) for lease in leases}
+        return [Generate(engine, tuple(share)) for engine, share in shares.items()]
 
     def _finish(self, event: RolloutsArrived) -> list[Instruction]:
         fresh = []
@@ -243,8 +245,8 @@ class Coordinator:
         prompts: dict[str, Prompt] = {}
         for name in sorted(self.tickets, key=_ticket_order):
             ticket = self.tickets[name]
-            key = name.rsplit(".", 1)[0]
-            prompts[key] = ticket.lease.prompt
+            key = group_of(name)
+            prompts.setdefault(key, ticket.lease.prompt)
             groups.setdefault(key, [])
             if ticket.scored is not None:
                 groups[key].append(ticket.scored)
@@ -260,8 +262,3 @@ class Coordinator:
 def _ticket_order(name: str) -> list[int]:
     """By number, not by letter: an evaluation may hold more prompts than a ticket has digits for."""
     return [int(part) for part in name.split(".")]
-
-
-def _expected_length(lease: Lease) -> int:
-    """The budget is the best estimate of length there is; without one, half the cap."""
-    return lease.budget.tokens if not lease.budget.is_free else lease.max_new_tokens // 2

@@ -45,7 +45,7 @@ _MAY_CHANGE = {
             "max_concurrent",
             "enforce_eager",
         ),
-        *("kv_cache_gb", "gpu_memory_fraction", "deadline_s", "start_deadline_s", "weight_transport"),
+        *("kv_cache_gb", "gpu_memory_fraction", "deadline_s", "start_deadline_s", "heartbeat_s", "order", "weight_transport"),
     },
     "reward": {"workers", "cpus_per_worker", "processes", "grade_deadline_s", "max_unscored"},
     "learner": {

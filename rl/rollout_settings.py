@@ -111,6 +111,8 @@ class RolloutSettings(Section):
     """vLLM's speculative_config, passed through; see docs/speculative.md. Off by default."""
     heartbeat_s: float = Field(default=120.0, gt=0)
     """Longest silence of an engine that has work; then it counts as lost."""
+    order: Literal["longest_first", "arrival"] = "longest_first"
+    """Whether an engine starts the leases expected to be longest first, or takes them as they come. Changes no result."""
 
     @field_validator("budgets")
     @classmethod

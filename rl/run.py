@@ -25,6 +25,7 @@ from rl.step_rules import build_batch, check_scored, effective_correction, idle_
 from rl.tracking import Tracker
 from rl.types import Manifest, Scored, Shaping, StepReport, TrainBatch
 from rl.waiting import StopFlag, StopRequested, wait_for
+from rollout.progress import engine_metrics
 
 log = logging.getLogger("budget_rl")
 
@@ -143,6 +144,7 @@ class Run:
         batch, advantage_N, members = build_batch(collected.groups, settings)
         metrics = rollout_metrics(collected.groups) | advantage_metrics(advantage_N, batch)
         metrics |= {"rollouts/lost": float(len(collected.lost)), "prompts/dropped": self.prepared.dropped_share}
+        metrics |= engine_metrics(collected.stats)
         self.write_samples(progress.step + 1, members, advantage_N)
         if progress.step == 0 and (error := idle_error(metrics, settings)) is not None:
             self.record(StepReport(1, metrics))  # what the advice is about, on screen and on disk

@@ -93,20 +93,23 @@ def wait_for(refs: Sequence[Any], *, seconds: float, what: str, stop: StopFlag |
     return [ray.get(ref) for ref in refs]
 
 
-def first_ready(refs: Sequence[Any], *, seconds: float, what: str, stop: StopFlag | None = None) -> Any:
-    """The first of ``refs`` that is done (its value is not looked at). Raises like :func:`wait_for`, except WorkerLost."""
+def first_ready(refs: Sequence[Any], *, seconds: float, what: str, stop: StopFlag | None = None) -> Any | None:
+    """The first of ``refs`` that is done (its value is not looked at); None when none is within ``seconds``.
+
+    Looks at least once. Raises StopRequested when ``stop`` was set meanwhile.
+    """
     import ray
 
     end = time.monotonic() + seconds
     while True:
         if stop is not None and stop.is_set:
             raise StopRequested(f"{stop.reason} while waiting for {what}")
-        left = end - time.monotonic()
-        if left <= 0:
-            raise DeadlineExceeded(f"{what}: nothing arrived within {seconds:.0f} s")
+        left = max(0.0, end - time.monotonic())
         done, _ = ray.wait(list(refs), num_returns=1, timeout=min(SLICE_S, left))
         if done:
             return done[0]
+        if not left:
+            return None
 
 
 def _raise_first_cause(ref: Any, what: str) -> None:

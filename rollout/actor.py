@@ -7,6 +7,7 @@ from typing import Any
 
 from rl.settings import RolloutSettings
 from rl.types import Lease, Rollout, WeightVersion
+from rollout.progress import EngineStats, Progress
 from rollout.weights import WeightBundle
 
 
@@ -40,6 +41,7 @@ class RolloutActor:
         """One of the engine's weight-transfer control calls (NCCL push)."""
         if name not in ("init_weight_transfer_engine", "start_weight_update"):
             raise ValueError(f"{name} is no weight-transfer call")
+        self.engine.require_idle()
         getattr(self.engine.llm, name)(*arguments)
 
     def receive(self, update_info: dict[str, Any]) -> None:
@@ -50,9 +52,25 @@ class RolloutActor:
         """See Engine.commit."""
         return self.engine.commit(WeightVersion(number, ""))
 
+    def submit(self, leases: list[Lease], top_p: float = 1.0) -> None:
+        """See Engine.submit."""
+        self.engine.submit(leases, top_p=top_p)
+
+    def advance(self, seconds: float) -> Progress:
+        """See Engine.advance. With a second call queued behind the first, the engine does not wait for its caller."""
+        return self.engine.advance(seconds)
+
+    def abort(self, tickets: list[str] | None = None) -> tuple[str, ...]:
+        """See Engine.abort."""
+        return self.engine.abort(tickets)
+
     def generate(self, leases: list[Lease], top_p: float = 1.0) -> list[Rollout]:
         """See Engine.generate."""
         return self.engine.generate(leases, top_p=top_p)
+
+    def stats(self) -> EngineStats:
+        """What the engine did since its last Progress; looking does not reset it."""
+        return self.engine.meter.peek(self.engine.version.number)
 
     def ping(self) -> int:
         """The weight version served; proves that the actor is alive."""

@@ -1,19 +1,24 @@
-"""One vLLM engine inside this process: leases in, rollouts out, weights swapped between batches."""
+"""One vLLM engine inside this process: leases in at any time, rollouts out group by group, weights swapped while it is idle.
+
+It is pulled: nothing happens between two calls, so vLLM keeps the one thread it was made in.
+"""
 
 from __future__ import annotations
 
 import json
-import logging
+import math
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rl.settings import RolloutSettings
 from rl.types import FinishReason, Lease, Rollout, WeightVersion
+from rollout.meter import Meter
+from rollout.progress import OpenGroups, Progress
+from rollout.sampling import engine_options, forced_positions, sampling_params, thinking_markers
 from rollout.weights import INBOX, WeightBundle, WeightError, register_transfer, require_same_model
-
-log = logging.getLogger("budget_rl.rollout")
 
 ENGINE_ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -66,6 +71,7 @@ class Engine:
         if settings.tensor_parallel == 1:
             # In process: weights are handed over without any serialisation, and one actor is one process.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would silently take the place of rollout.kv_cache_gb
         import torch
         from transformers import AutoTokenizer
 
@@ -84,6 +90,7 @@ class Engine:
         self.broken = ""
         self.stop_ids = end_of_sequence_ids(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        self.markers = thinking_markers(self.tokenizer) if settings.hard_budgets else None
         self.version = WeightVersion(0, "")
         self.llm = LLM(
             model=str(folder),
@@ -96,19 +103,30 @@ class Engine:
             tensor_parallel_size=settings.tensor_parallel,
             trust_remote_code=trust_remote_code,
             enable_prefix_caching=True,
+            # vLLM takes back the random number of a prompt cut in two, which torch's CPU generators cannot do: it raises. Uncut,
+            # a prompt that does not fit in a step waits for the next one. None: vLLM's default.
+            enable_chunked_prefill=None if on_gpu else False,
             # Otherwise the model's own top-p or repetition penalty would apply to requests that do not set them.
             generation_config="vllm",
             logprobs_mode="processed_logprobs",
             weight_transfer_config=WeightTransferConfig(backend=settings.transport),
             disable_log_stats=True,
             **memory,
+            **engine_options(settings),
         )
+        in_process = settings.tensor_parallel == 1
+        self.meter = Meter(self.llm.llm_engine.engine_core.engine_core.scheduler if in_process else None)  # pyright: ignore[reportAttributeAccessIssue]
+        self.groups = OpenGroups()
         if settings.transport == "object_store":
             self.llm.init_weight_transfer_engine({"init_info": {}})
 
     def set_weights(self, bundle: WeightBundle) -> WeightVersion:
-        """Serve the bundle from the next request on; raises WeightError (and keeps the old weights) when it is not sound."""
+        """Serve the bundle from the next request on.
+
+        Raises WeightError (and keeps the old weights) when it is not sound, or while leases are open.
+        """
         self._require_whole()
+        self.require_idle()
         bundle.verify()
         new, old = bundle.version, self.version
         if new.number < old.number or (new.number == old.number and old.checksum not in ("", new.checksum)):
@@ -124,7 +142,11 @@ class Engine:
         return self.commit(new)
 
     def receive(self, update_info: dict[str, Any]) -> None:
-        """Take the weights of an open NCCL push; raises WeightError before any transfer when it is not of this engine's model."""
+        """Take the weights of an open NCCL push.
+
+        Raises WeightError before any transfer when it is not of this engine's model, or while leases are open.
+        """
+        self.require_idle()
         shapes = {name: tuple(shape) for name, shape in zip(update_info["names"], update_info["shapes"], strict=True)}
         require_same_model(shapes, self.expected_shapes)
         self.broken = "it did not finish an NCCL push"  # until commit
@@ -148,30 +170,84 @@ class Engine:
                 f"this engine can no longer be used, {self.broken}: its layers are of two versions; start a new one"
             )
 
-    def generate(self, leases: Sequence[Lease], *, top_p: float = 1.0) -> list[Rollout]:
-        """Sample one rollout per lease, in the order given; ``top_p`` below 1 is for evaluation only."""
-        from vllm import SamplingParams, TokensPrompt
+    def require_idle(self) -> None:
+        """Raise WeightError while leases are open: part of a response would come from the old weights, part from the new."""
+        if len(self.groups):
+            raise WeightError(
+                f"new weights while {len(self.groups)} leases are open in this engine, first {self.groups.tickets()[0]}: their "
+                f"responses would mix weight versions; abort them or wait for them"
+            )
 
+    def submit(self, leases: Sequence[Lease], *, top_p: float = 1.0) -> None:
+        """Queue one request per lease, in the order given; ``top_p`` below 1 is for evaluation only.
+
+        All or none: raises WeightError for a lease that asks for newer weights, ValueError for a ticket that is open already or
+        a prompt that does not fit.
+        """
         self._require_whole()
         stale = [lease.ticket for lease in leases if lease.min_version > self.version.number]
         if stale:
             raise WeightError(f"lease {stale[0]} asks for newer weights than the v{self.version.number} this engine has")
-        prompts = [TokensPrompt(prompt_token_ids=[*lease.prompt.token_ids, *lease.prefill_ids]) for lease in leases]
-        params = [
-            SamplingParams(
-                temperature=lease.shaping.temperature,
-                top_p=top_p,
-                max_tokens=lease.max_new_tokens,
-                seed=lease.seed,
-                logprobs=0,
-                flat_logprobs=True,
-                detokenize=False,
-                stop_token_ids=self.stop_ids,
-            )
-            for lease in leases
-        ]
-        outputs = self.llm.generate(prompts, params, use_tqdm=False)
-        return [self._rollout(lease, output.outputs[0]) for lease, output in zip(leases, outputs, strict=True)]
+        taken: list[str] = []
+        try:
+            for lease in leases:
+                self.groups.add(lease)
+                taken.append(lease.ticket)
+                self._request(lease, top_p)
+        except Exception:
+            self._stop(taken)
+            raise
+
+    def _request(self, lease: Lease, top_p: float) -> None:
+        from vllm import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        params = sampling_params(lease, stop_ids=self.stop_ids, top_p=top_p)
+        params.output_kind = RequestOutputKind.FINAL_ONLY
+        core = self.llm.llm_engine
+        prompt = TokensPrompt(prompt_token_ids=[*lease.prompt.token_ids, *lease.prefill_ids])
+        (rendered,) = core.renderer.render_cmpl([prompt])
+        self.meter.began(lease.ticket, core.add_request(lease.ticket, rendered, params))
+
+    def advance(self, seconds: float) -> Progress:
+        """Run engine steps, at least one, until a group is whole, ``seconds`` are over or nothing is open."""
+        began = time.monotonic()
+        while self.groups.leases and not self.groups.has_whole:
+            self._step()
+            if time.monotonic() - began >= seconds:
+                break
+        return Progress(self.groups.take(), self.meter.report(self.version.number), len(self.groups))
+
+    def _step(self) -> None:
+        began = time.monotonic()
+        outputs: list[Any] = self.llm.llm_engine.step()
+        self.meter.stepped(time.monotonic() - began, outputs)
+        for output in outputs:
+            self.groups.finish(self._rollout(self.groups.leases[output.request_id], output.outputs[0]))
+
+    def abort(self, tickets: Sequence[str] | None = None) -> tuple[str, ...]:
+        """Stop and forget these tickets, None: all; returns those that were open and will not be answered."""
+        return self._stop(self.groups.tickets() if tickets is None else tickets)
+
+    def _stop(self, tickets: Sequence[str]) -> tuple[str, ...]:
+        running = [ticket for ticket in tickets if ticket in self.groups.leases]
+        self.llm.llm_engine.abort_request(running)
+        self.meter.stopped(running)
+        return self.groups.drop(tickets)
+
+    def generate(self, leases: Sequence[Lease], *, top_p: float = 1.0) -> list[Rollout]:
+        """One rollout per lease, in the order given. Raises ValueError while other leases are open."""
+        if len(self.groups):
+            raise ValueError(f"{len(self.groups)} leases are open in this engine; generate() would take their rollouts")
+        self.submit(leases, top_p=top_p)
+        done: dict[str, Rollout] = {}
+        try:
+            while len(self.groups):
+                done |= {rollout.lease.ticket: rollout for rollout in self.advance(math.inf).rollouts}
+        except BaseException:
+            self.abort()
+            raise
+        return [done[lease.ticket] for lease in leases]
 
     def _rollout(self, lease: Lease, completion: Any) -> Rollout:
         ids = (*lease.prefill_ids, *completion.token_ids)
@@ -187,4 +263,5 @@ class Engine:
             finish=finish,
             weight_version=self.version.number,
             text=self.tokenizer.decode(ids, skip_special_tokens=False),
+            forced=forced_positions(lease, completion.token_ids, logp, self.markers),
         )

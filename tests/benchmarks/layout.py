@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     settings = load_settings(ROOT / "configs" / "quickstart.yaml")
     budget = settings.learner.tokens_per_microbatch
-    policy = load_policy(options.model or _warm_start(), dtype="float32").train()
+    policy = load_policy(options.model or warm_start(), dtype="float32").train()
     tokens = draw_rollouts(options.rollouts, vocabulary=policy.lm.config.vocab_size)
     lengths = [len(ids) for ids in tokens]
     layouts: dict[str, Layout] = {"rows": [[[i] for i in rows] for rows in plan_microbatches(lengths, budget)]}
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(min(result, key=lambda name: result[name]["seconds"]) != "rows")
 
 
-def _warm_start() -> Path:
+def warm_start() -> Path:
     from rl.sft import cached_folder
 
     folder = cached_folder(load_settings(ROOT / "configs" / "quickstart.yaml"))
