@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from launch.config_errors import explain_validation
+from rl.budget_settings import only_section
 from rl.errors import ConfigError
 from rl.settings import Settings
 
@@ -40,6 +41,7 @@ PROFILE = "hardware"
 EMBEDDED_MODEL = "embedded"
 """``model.path`` of the model that the warm start makes."""
 
+_MIXED = "Cannot merge DictConfig with ListConfig"
 _PLAIN_INTERPOLATION = re.compile(r"\$\{[A-Za-z_]\w*(\.\w+)*\}")
 
 
@@ -131,6 +133,11 @@ def _compose(file: Path) -> DictConfig:
             f"{file}: `defaults:` leads back to the file itself", fix="files beside it come before the packaged ones; rename it"
         ) from None
     except (HydraException, OmegaConfBaseException, ValueError, TypeError, AssertionError, AttributeError) as error:
+        if _MIXED in str(error):
+            raise ConfigError(
+                f"{file} cannot be composed: a section in it has the place of a list in a file it builds on, or the reverse",
+                fix="write the section as a list of one: rollout.budgets may be [{kind: range, low: 16, high: 128}]",
+            ) from None
         # Hydra raises plain errors, too, for a `defaults:` list of the wrong form.
         raise ConfigError(
             f"{file} cannot be composed: {_first_lines(error, count=1)}",
@@ -169,6 +176,8 @@ def _settings_from_tree(composed: DictConfig, overrides: Sequence[Override], *, 
     for section, key in SHORTHANDS.items():
         if isinstance(raw.get(section), str):
             raw[section] = {key: raw[section]}
+    if isinstance(rollout := raw.get("rollout"), dict) and "budgets" in rollout:
+        rollout["budgets"] = only_section(rollout["budgets"])  # so that an override reaches into it
     tree = OmegaConf.create(raw)
     profiles = [override for override in overrides if override.key_or_group == PROFILE]
     named = [override for override in overrides if _is_shorthand(override)]
@@ -207,7 +216,10 @@ def _apply(tree: DictConfig, override: Override) -> None:
         if override.is_delete():
             _delete(tree, key)
         else:
-            OmegaConf.update(tree, key, _unquoted(override.value()), merge=True, force_add=True)
+            value = _unquoted(override.value())
+            there = OmegaConf.select(tree, key)
+            # A section goes into the section that is there; it takes the place of a list, and a list of a section.
+            OmegaConf.update(tree, key, value, merge=isinstance(value, dict) == OmegaConf.is_dict(there), force_add=True)
     except (OmegaConfBaseException, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"the override {override.input_line!r} cannot be applied: {_first_lines(error, count=1)}") from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -68,6 +68,8 @@ def known_keys(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[
 def _sections(annotation: Any) -> list[type[BaseModel]]:
     if get_origin(annotation) in (Union, UnionType):
         return [section for option in get_args(annotation) for section in _sections(option)]
+    if get_origin(annotation) is Annotated:
+        return _sections(get_args(annotation)[0])
     return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
 
 

@@ -77,9 +77,12 @@ def _check_floor(floor: int, start: int) -> None:
         raise ValueError(f"rollout.budgets: floor={floor} is above start={start}; lower floor or raise start")
 
 
-def _section(value: Any) -> Any:
-    # A list replaces the list of the file that a file builds on; a section would be merged into it, which YAML composition
-    # cannot do. So `[{kind: ...}]` means the section inside.
+def only_section(value: Any) -> Any:
+    """The section inside ``[{kind: ...}]``; any other value as it is.
+
+    A list takes the place of the list in the file that a file builds on; a section would be merged into it, which YAML
+    composition cannot do. Hence the form with brackets.
+    """
     return value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) else value
 
 
@@ -94,10 +97,14 @@ BudgetSource = Annotated[
     | Annotated[BudgetRange, Tag("range")]
     | Annotated[BudgetSchedule, Tag("schedule")]
     | Annotated[BudgetMemory, Tag("memory")],
-    Discriminator(_kind),
-    BeforeValidator(_section),
+    Discriminator(
+        _kind,
+        custom_error_type="budget_kind",
+        custom_error_message="a list, or a section whose kind is range, schedule or memory",
+    ),
+    BeforeValidator(only_section),
 ]
-Source = list[int | str] | BudgetRange | BudgetSchedule | BudgetMemory
+Source = list[BudgetChoice] | BudgetRange | BudgetSchedule | BudgetMemory
 _SOURCE: TypeAdapter[Source] = TypeAdapter(BudgetSource)
 
 

@@ -6,13 +6,12 @@ lost is leased once more; after a second loss it is recorded as lost. The step c
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from rl.schedule import deal, expected_length, group_of
-from rl.types import Budget, Group, Lease, Prompt, Rollout, Scored, Shaping
+from rl.types import Group, Lease, Prompt, Rollout, Scored
 
 MAX_ATTEMPTS = 2
 """A ticket is leased again once; a second loss is more likely the prompt's fault than the worker's."""
@@ -101,47 +100,6 @@ class _Ticket:
     state: TicketState = TicketState.LEASED
     rollout: Rollout | None = None
     scored: Scored | None = None
-
-
-def make_leases(
-    prompts: Sequence[Prompt],
-    budgets: Sequence[Budget],
-    prefills: Sequence[Sequence[tuple[int, ...]]],
-    *,
-    step: int,
-    run_seed: int,
-    shaping: Shaping,
-    max_length: int,
-    min_version: int,
-) -> tuple[Lease, ...]:
-    """One lease per prompt and member. ``prefills[p][m]`` opens the response of member m of prompt p.
-
-    A lease's seed depends on run seed, step, prompt (and its place in the step) and member, never on the worker.
-    """
-    leases = []
-    for p, prompt in enumerate(prompts):
-        for m, budget in enumerate(budgets):
-            prefill = prefills[p][m]
-            leases.append(
-                Lease(
-                    ticket=f"{step:06d}.{p:04d}.{m:03d}",
-                    prompt=prompt,
-                    member=m,
-                    budget=budget,
-                    shaping=shaping,
-                    prefill_ids=prefill,
-                    max_new_tokens=max_length - len(prefill),
-                    seed=ticket_seed(run_seed, step, f"{p}:{prompt.id}", m),
-                    min_version=min_version,
-                )
-            )
-    return tuple(leases)
-
-
-def ticket_seed(run_seed: int, step: int, prompt_id: str, member: int) -> int:
-    """31-bit seed of one rollout: first bytes of SHA-256 over what identifies it."""
-    digest = hashlib.sha256(f"{run_seed}|{step}|{prompt_id}|{member}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") & 0x7FFFFFFF
 
 
 @dataclass

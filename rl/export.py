@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rl.budget_settings import describe_budgets
 from rl.errors import BudgetRLError
 from rl.manifest import MANIFEST_NAME, CheckpointError, latest, read_manifest, verify
 from rl.models import MODEL_SUFFIXES
@@ -86,7 +87,7 @@ def model_card(manifest: Manifest, metrics: Mapping[str, float]) -> str:
         "base model": base if is_public else Path(base).name + (", made by a supervised warm start" if warm_started else ""),
         "method": _setting(manifest, "reward.method"),
         "advantage": _setting(manifest, "advantage.estimator"),
-        "token budgets": ", ".join(str(budget) for budget in _setting(manifest, "rollout.budgets") or []),
+        "token budgets": describe_budgets(_setting(manifest, "rollout.budgets") or []),
         "budget sentence": f"`{_setting(manifest, 'rollout.budget_template')}`",
         "longest response": f"{_setting(manifest, 'rollout.max_length')} tokens",
         "rollouts per prompt": _setting(manifest, "rollout.samples_per_prompt"),

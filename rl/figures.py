@@ -103,9 +103,10 @@ def _series(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _labels(rows: Rows) -> list[str]:
-    """Budget labels in the run: numbers in order, ``free`` last."""
+    """Budget labels in the run: numbers and ranges of them (``64-127``) in order, ``free`` last."""
     names = {name.split("/")[1] for row in rows for name in row if name.startswith("budget/")}
-    return sorted(names, key=lambda label: (not label.isdigit(), int(label) if label.isdigit() else 0))
+    first = {label: label.partition("-")[0] for label in names}
+    return sorted(names, key=lambda label: (not first[label].isdigit(), int(first[label]) if first[label].isdigit() else 0))
 
 
 def _window(count: int) -> int:

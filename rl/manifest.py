@@ -239,11 +239,17 @@ def _may_change(name: str) -> bool:
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> value; tuples become lists, as they do on their way through JSON."""
+    """Dotted name -> value; tuples become lists, as they do on their way through JSON.
+
+    A section of one kind among several, such as `rollout.budgets`, also counts as its kind: where it takes the place of a list or
+    of another kind, that is one difference to name.
+    """
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
+            if f"{prefix}{key}.kind" in flat:
+                flat[f"{prefix}{key}"] = flat.pop(f"{prefix}{key}.kind")
         else:
             flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
     return flat

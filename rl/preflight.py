@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rl.budget_settings import describe_budgets
 from rl.errors import ConfigError, ModelError
 from rl.settings import Settings
 
@@ -63,7 +64,7 @@ class Plan:
 
     rollouts_per_step: int
     rollouts_per_budget: dict[str, int]
-    """Per step, by budget label (``"64"``, ``"free"``)."""
+    """Per step, by budget label (``"64"``, ``"free"``); all of them under a range, a schedule or a memory, in words."""
     rollouts_per_minibatch: int
     rollouts_per_rank: int
     """Most rollouts of a mini-batch that one learner rank holds."""
@@ -146,7 +147,11 @@ def derived_plan(settings: Settings) -> Plan:
     minibatch = rollouts // learner.minibatches
     return Plan(
         rollouts_per_step=rollouts,
-        rollouts_per_budget={str(budget): rollouts // len(rollout.budgets) for budget in rollout.budgets},
+        rollouts_per_budget=(
+            {str(budget): rollouts // len(rollout.budgets) for budget in rollout.budgets}
+            if isinstance(rollout.budgets, list)
+            else {describe_budgets(rollout.budgets): rollouts}
+        ),
         rollouts_per_minibatch=minibatch,
         rollouts_per_rank=math.ceil(minibatch / learner.ranks),
         updates_per_step=learner.minibatches * learner.epochs,

@@ -70,8 +70,10 @@ class PromptEncoder:
                 fix="the embedded model only spells its own task; for other data use another model",
             ) from error
 
-    def encode_all(self, problems: Sequence[Problem]) -> tuple[list[Prompt], int]:
+    def encode_all(self, problems: Sequence[Problem], *, suffix: str = "") -> tuple[list[Prompt], int]:
         """Prompts in the order of `problems`, and how many were dropped for having more than `data.max_prompt_length` tokens.
+
+        suffix: the longest words that a budget may put behind a question later. A prompt that only fits without them is dropped.
 
         Raises:
             DataError: no prompt is short enough.
@@ -80,11 +82,13 @@ class PromptEncoder:
             Prompt(id=p.id, question=p.question, answer=p.answer, token_ids=self.encode(p.question), entry=p.entry_json)
             for p in problems
         ]
-        kept = [p for p in prompts if len(p.token_ids) <= self._data.max_prompt_length]
+        lengths = [len(self.encode(p.question + suffix) if suffix else p.token_ids) for p in prompts]
+        kept = [p for p, length in zip(prompts, lengths, strict=True) if length <= self._data.max_prompt_length]
         if prompts and not kept:
-            shortest = min(len(p.token_ids) for p in prompts)
+            shortest = min(lengths)
+            words = " with its budget" if suffix else ""
             raise DataError(
-                f"every prompt is longer than data.max_prompt_length={self._data.max_prompt_length} tokens",
+                f"every prompt{words} is longer than data.max_prompt_length={self._data.max_prompt_length} tokens",
                 fix=f"raise it: the shortest has {shortest}",
             )
         return kept, len(prompts) - len(kept)

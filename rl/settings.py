@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from rl.budget_settings import BudgetRange, BudgetSchedule
 from rl.rollout_settings import RolloutSettings
 from rl.sections import Decay, NonNegative, Positive, Section
 
@@ -244,6 +245,20 @@ class Settings(Section):
         if self.learner.lr_schedule != "constant" and self.max_steps is None:
             raise ValueError(
                 f"learner.lr_schedule={self.learner.lr_schedule} falls to 0 at max_steps, which is not set; set it, or constant"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _budgets(self) -> Settings:
+        budgets = self.rollout.budgets
+        if isinstance(budgets, BudgetSchedule) and budgets.steps is None and self.max_steps is None:
+            raise ValueError(
+                "rollout.budgets: a schedule falls over max_steps, which is not set; set it, or steps beside kind: schedule"
+            )
+        if isinstance(budgets, BudgetRange) and budgets.per == "member" and self.advantage.estimator == "hierarchical":
+            raise ValueError(
+                "advantage.estimator=hierarchical compares members of one budget, and with per=member each has its own; "
+                "set per=prompt in rollout.budgets, or advantage.estimator=group_normalised"
             )
         return self
 

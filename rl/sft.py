@@ -41,6 +41,11 @@ def cache_key(settings: Settings) -> str:
         "data": settings.data.model_dump(mode="json"),
         "sentence": [settings.rollout.budget_template, settings.rollout.free_template, settings.rollout.max_length],
     }
+    # Like the dtype below: what every run before had adds nothing.
+    if settings.rollout.budget_place != "prefill":
+        parts["place"] = settings.rollout.budget_place
+    if not isinstance(settings.rollout.budgets, list):
+        parts["budgets"] = settings.rollout.model_dump(mode="json")["budgets"]
     if settings.model.dtype != "float32":  # float32 adds nothing, so that models cached before this was a part keep their key
         parts["dtype"] = settings.model.dtype
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from rl.budget_draws import BITS, between
+from rl.budget_settings import BudgetRange, BudgetSchedule, budget_bounds
 from rl.data import DataError, Problem
 from rl.errors import ConfigError
 from rl.prompts import PromptEncoder
 from rl.settings import RolloutSettings, WarmStartSettings
-from rl.types import Budget, BudgetKind
-from rollout.budgets import BudgetPlan
+from rl.types import Budget
+from rollout.openings import Openings
 
 TRACE_BUDGETS = (32, 48, 64, 96, 128)
 REFLECTION_WEIGHTS = {"wait": 0.4, "Wait": 0.25, "but": 0.1, "But": 0.1, "Alternatively": 0.15}
@@ -83,6 +85,24 @@ def parse_sum(question: str) -> list[int]:
     return [int(n) if sign == "+" else -int(n) for sign, n in zip(signs, numbers, strict=True)]
 
 
+def trace_budgets(rollout: RolloutSettings) -> Callable[[random.Random], int] | None:
+    """How to draw the tokens of a trace's budget sentence; None where no trace can have one.
+
+    Beside a list, from the fixed ladder `TRACE_BUDGETS`, so that one warm start serves many lists; else any number between the
+    smallest and the largest budget that can occur, spread as the run will spread them.
+    """
+    source, bounds = rollout.budgets, budget_bounds(rollout.budgets, room=rollout.max_length)
+    ladder = [b for b in TRACE_BUDGETS if b <= rollout.max_length]
+    if rollout.budget_place == "none" or (isinstance(source, list) and not ladder):
+        return None
+    if isinstance(source, list) or bounds is None:
+        return lambda rng: rng.choice(ladder)
+    if isinstance(source, BudgetRange):
+        return lambda rng: between(*bounds, rng.getrandbits(BITS), scale=source.scale)
+    scale = "log_uniform" if isinstance(source, BudgetSchedule) else "uniform"  # an exponential stays as long in every octave
+    return lambda rng: between(*bounds, rng.getrandbits(BITS), scale=scale)
+
+
 class _Teacher:
     def __init__(
         self,
@@ -95,17 +115,16 @@ class _Teacher:
         self._settings = settings
         self._rollout = rollout
         self._tokenizer = tokenizer
-        self._encoder = encoder
-        self._plan = BudgetPlan(rollout, tokenizer)
-        self._budgets = [b for b in TRACE_BUDGETS if b <= rollout.max_length]
+        self._openings = Openings(rollout, tokenizer, encoder)
+        self._budgets = trace_budgets(rollout)
         self._lines: dict[str, tuple[int, ...]] = {}
 
     def trace(self, problem: Problem) -> Trace:
         rng = random.Random(f"trace/{self._settings.seed}/{problem.question}")
         terms = parse_sum(problem.question)  # first: of another task the tokenizer could only say which word it does not know
-        prompt_ids = self._encoder.encode(problem.question)
         budget = self._draw_budget(rng)
-        prefill = self._plan.prefill_ids(budget, prompt_ids)
+        prompt_ids = self._openings.prompt_ids(problem.question, budget)
+        prefill = self._openings.prefill_ids(budget, prompt_ids)
         rate = self._check_rate(rng, budget, steps=len(terms) - 1, prefill=len(prefill))
         working = _Working(terms, rng=rng, error_rate=self._settings.error_rate, encode=self._encode)
         answer = working.write(rate, room=self._rollout.max_length - len(prefill))
@@ -119,9 +138,9 @@ class _Teacher:
         return Trace(prompt_ids=prompt_ids, response_ids=response, budget=budget.tokens, correct=answer == sum(terms))
 
     def _draw_budget(self, rng: random.Random) -> Budget:
-        if self._budgets and rng.random() < self._settings.budget_share:
-            return Budget(tokens=rng.choice(self._budgets), kind=BudgetKind.AT_MOST, template=self._rollout.budget_template)
-        return Budget(tokens=0, kind=BudgetKind.FREE, template=self._rollout.free_template)
+        if self._budgets is not None and rng.random() < self._settings.budget_share:
+            return self._openings.budget(self._budgets(rng))
+        return self._openings.free
 
     def _check_rate(self, rng: random.Random, budget: Budget, *, steps: int, prefill: int) -> float:
         """Chance p of each further re-check; p / (1 - p) of them are expected, which is solved for the length aimed at."""

@@ -28,7 +28,7 @@ class Budget:
     """The token budget one rollout was asked to keep; data, never parsed back out of text."""
 
     tokens: int
-    """Budget in response tokens, prefill included; 0 only for FREE."""
+    """Budget in response tokens, prefill included (hard: of the thinking alone); 0 only for FREE."""
     kind: BudgetKind
     template: str
     """Words with ``{budget}`` that say it, for example ``<think> I will ... {budget} tokens``."""
@@ -48,7 +48,7 @@ class Budget:
 
     @property
     def sentence(self) -> str:
-        """The text the response is opened with ("" when there is none)."""
+        """The words with the number in them: what opens the response, or ends the question ("" when there are none)."""
         return self.template.replace("{budget}", str(self.tokens))
 
 

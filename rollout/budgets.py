@@ -1,98 +1,152 @@
-"""Which budget each member of a group gets, and the tokens its response is opened with."""
+"""Which budget each member of a group gets: dealt from a list, drawn from a range, read off a schedule, or remembered."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from transformers import PreTrainedTokenizerBase
 
-from rl.errors import ConfigError
+from rl.budget_draws import Turn, between, middle, remembered_budget
+from rl.budget_settings import (
+    BudgetChoice,
+    BudgetMemory,
+    BudgetRange,
+    BudgetSchedule,
+    budget_bounds,
+    largest_budget,
+    scheduled_budget,
+)
+from rl.memory import PromptMemory
+from rl.prompts import PromptEncoder
 from rl.settings import RolloutSettings
-from rl.types import Budget, BudgetKind
+from rl.types import Budget, Prompt
+from rollout.openings import Opening, Openings
 
-THINK = "<think>"
-TAIL = 16  # tokens decoded to see how a prompt ends: enough where <think> and a few newlines are spelt in pieces
+SPELT = 20_000
+"""Budgets of a range that are spelt to find the longest words; a wider range is looked at in even steps."""
 
 
 class BudgetPlan:
-    """Deals budgets to the members of a group and opens each response with its sentence (HBPO, section 3.1).
+    """Assigns budgets to the members of a group and opens each response (lists: HBPO, section 3.1).
+
+    ``encoder`` is needed for words after the question, ``max_steps`` for a schedule without steps of its own.
 
     Raises:
-        ConfigError: the sentence of some member leaves no room below `rollout.max_length`, or cannot be spelt.
+        ConfigError: the words of some budget cannot be spelt, or leave no room below `rollout.max_length`.
     """
 
-    def __init__(self, settings: RolloutSettings, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._max_length = settings.max_length
-        self._tokenizer = tokenizer
-        self._encoded: dict[str, tuple[int, ...]] = {}
-        self._levels = tuple(
-            Budget(tokens=0, kind=BudgetKind.FREE, template=settings.free_template)
-            if choice == "free"
-            else Budget(tokens=int(choice), kind=BudgetKind.AT_MOST, template=settings.budget_template)
-            for choice in settings.budgets
-        )
-        for budget in self._levels:
-            self.max_new_tokens(len(self.prefill_ids(budget, ())))
+    def __init__(
+        self,
+        settings: RolloutSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        encoder: PromptEncoder | None = None,
+        max_steps: int | None = None,
+    ) -> None:
+        self._source = source = settings.budgets
+        self.openings = Openings(settings, tokenizer, encoder)
+        self._steps = (source.steps or max_steps) if isinstance(source, BudgetSchedule) else None
+        self._room = self._largest_with_room(settings)
+        self._bounds = budget_bounds(source, room=self._room)
+        for budget in self._extremes():
+            self.openings.suffix_ids(budget)
+            self.openings.max_new_tokens(budget, (), self.openings.prefill_ids(budget, ()))
 
     @property
-    def levels(self) -> tuple[Budget, ...]:
-        """The distinct budgets, increasing, the free one last."""
-        return self._levels
+    def free(self) -> Budget:
+        """No budget: how held-out problems are always asked."""
+        return self.openings.free
 
-    def budgets(self, samples_per_prompt: int) -> list[Budget]:
-        """One budget per member, slot-major: all members of the first budget, then all of the second, and so on.
+    def open(self, prompt: Prompt, budget: Budget) -> Opening:
+        """See :meth:`rollout.openings.Openings.open`."""
+        return self.openings.open(prompt, budget)
 
-        Raises:
-            ValueError: the members cannot be dealt evenly.
-        """
-        share, rest = divmod(samples_per_prompt, len(self._levels))
-        if rest or share < 1:
-            low = max(share, 1) * len(self._levels)
-            options = str(low) if share < 1 else f"{low} or {low + len(self._levels)}"
-            raise ValueError(
-                f"{samples_per_prompt} samples per prompt cannot be dealt evenly over {len(self._levels)} budgets; use {options}"
-            )
-        return [budget for budget in self._levels for _ in range(share)]
+    def budgets(self, samples: int, turn: Turn, memory: PromptMemory) -> list[Budget]:
+        """One budget per member of a group, a function of the turn and of what is remembered of its prompt only.
 
-    def prefill_ids(self, budget: Budget, prompt_ids: Sequence[int]) -> tuple[int, ...]:
-        """Token ids that open the response; prompt and sentence together open the thinking once.
-
-        Some chat templates already end in `<think>`, with or without a newline; then the sentence's own one is left out.
+        From a list slot-major: all members of the first budget, then all of the second, and so on.
 
         Raises:
-            ConfigError: the tokenizer cannot spell the sentence.
+            ValueError: the members cannot be dealt evenly over the list.
         """
-        sentence = budget.sentence
-        tail = self._tokenizer.decode(list(prompt_ids[-TAIL:]), skip_special_tokens=False) if prompt_ids else ""
-        assert isinstance(tail, str)
-        if tail.rstrip().endswith(THINK):
-            sentence = sentence.replace(THINK, "", 1)
-            # After "<think>\n" the sentence starts a line; its space only made sense behind its own <think>.
-            sentence = sentence.lstrip() if tail[-1].isspace() else sentence
-        if sentence not in self._encoded:
-            self._encoded[sentence] = self._encode(sentence) if sentence else ()
-        return self._encoded[sentence]
+        match self._source:
+            case BudgetRange() as source:
+                members = list(range(samples)) if source.per == "member" else [None] * samples
+                tokens = [between(source.low, source.high, turn.bits(member), scale=source.scale) for member in members]
+            case BudgetSchedule() as source:
+                tokens = [self._scheduled(source, turn.step)] * samples
+            case BudgetMemory() as source:
+                tokens = [remembered_budget(source, memory.of(turn.prompt_id), room=self._room)] * samples
+            case choices:
+                return _dealt(self._named(choices), samples)
+        return [self.openings.budget(n) for n in tokens]
 
-    def _encode(self, sentence: str) -> tuple[int, ...]:
-        try:
-            return tuple(self._tokenizer.encode(sentence, add_special_tokens=False))
-        except Exception as error:  # the tokenizers library raises plain Exception on a word it does not know
-            raise ConfigError(
-                f"the tokenizer of model.path cannot encode the opening sentence {sentence!r} ({error})",
-                fix="the embedded model only knows the words of the default rollout.budget_template; keep to them, or use "
-                "another model",
-            ) from error
+    def levels(self, step: int | None = None) -> tuple[Budget, ...]:
+        """The budgets a held-out problem is asked under, increasing, the free one of a list last.
 
-    def max_new_tokens(self, prefill_length: int) -> int:
-        """Tokens left to generate: `rollout.max_length - prefill_length`, always positive.
+        A range: its ends and its middle. A schedule: the budget of ``step`` (finished steps), of its end for None. A memory: its
+        start, for nothing is remembered of a held-out problem.
+        """
+        match self._source:
+            case BudgetRange() as source:
+                tokens = dict.fromkeys((source.low, middle(source), source.high))
+            case BudgetSchedule() as source:
+                tokens = [scheduled_budget(source, 1, 1) if step is None else self._scheduled(source, step)]
+            case BudgetMemory() as source:
+                tokens = [source.start]
+            case choices:
+                return self._named(choices)
+        return tuple(self.openings.budget(n) for n in tokens)
+
+    def longest_suffix(self) -> str:
+        """The words at the end of a question at their longest in tokens; empty where the question stays as it is."""
+        if isinstance(self._source, list):
+            named = self._named(self._source)
+        elif self._bounds is not None:
+            low, high = self._bounds
+            numbers = {high, *range(low, high, max(1, (high - low) // SPELT))}
+            named = tuple(self.openings.budget(n) for n in sorted(numbers))
+        else:
+            named = ()
+        words = [budget for budget in named if budget.place == "suffix"]
+        return max(words, key=lambda budget: (len(self.openings.suffix_ids(budget)), budget.tokens)).sentence if words else ""
+
+    def check(self, prompt: Prompt) -> None:
+        """Open the smallest and the largest budget behind a real prompt, whose end may open the thinking already.
 
         Raises:
-            ConfigError: nothing is left.
+            ConfigError: as the constructor, which cannot know how prompts end.
         """
-        left = self._max_length - prefill_length
-        if left <= 0:
-            raise ConfigError(
-                f"rollout.max_length={self._max_length} leaves no room after an opening sentence of {prefill_length} tokens",
-                fix="raise rollout.max_length, or shorten rollout.budget_template and rollout.free_template",
-            )
-        return left
+        for budget in self._extremes():
+            self.open(prompt, budget)
+
+    def _extremes(self) -> tuple[Budget, ...]:
+        """The budgets that say whether all fit: those of a list, or the smallest, the first and the largest; and the free one."""
+        if isinstance(self._source, list):
+            return *(budget for budget in self._named(self._source) if not budget.is_free), self.free
+        numbers = {n for n in (*(self._bounds or ()), largest_budget(self._source)) if n is not None}
+        return *(self.openings.budget(n) for n in sorted(numbers)), self.free
+
+    def _named(self, choices: list[BudgetChoice]) -> tuple[Budget, ...]:
+        return tuple(self.free if choice == "free" else self.openings.budget(int(choice)) for choice in choices)
+
+    def _scheduled(self, source: BudgetSchedule, step: int) -> int:
+        if self._steps is None:
+            raise ValueError("a schedule of budgets needs its length: give rollout.budgets.steps or max_steps")
+        return scheduled_budget(source, step, self._steps)
+
+    def _largest_with_room(self, settings: RolloutSettings) -> int:
+        """The largest budget a response has room for: a hard one leaves a token for the answer behind `</think>`."""
+        if not settings.hard_budgets:
+            return settings.max_length
+        largest = self.openings.budget(settings.max_length)
+        prefill = self.openings.prefill_ids(largest, ())
+        before_thinking = len(prefill) - self.openings.thinking_begun((), prefill)
+        return settings.max_length - before_thinking - self.openings.marker_length - 1
+
+
+def _dealt(levels: tuple[Budget, ...], samples: int) -> list[Budget]:
+    share, rest = divmod(samples, len(levels))
+    if rest or share < 1:
+        low = max(share, 1) * len(levels)
+        options = str(low) if share < 1 else f"{low} or {low + len(levels)}"
+        raise ValueError(f"{samples} samples per prompt cannot be dealt evenly over {len(levels)} budgets; use {options}")
+    return [budget for budget in levels for _ in range(share)]

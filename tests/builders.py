@@ -18,6 +18,7 @@ from rl.types import (
     Verdict,
     VerdictStatus,
 )
+from rollout.openings import Opening
 
 TEMPLATE = "<think> I will answer the question with {budget} tokens"
 
@@ -32,6 +33,12 @@ def make_budget(tokens: int | None = None) -> Budget:
     if tokens is None:
         return Budget(tokens=0, kind=BudgetKind.FREE, template="<think>")
     return Budget(tokens=tokens, kind=BudgetKind.EXACT, template=TEMPLATE)
+
+
+def make_opening(index: int = 0, budget: Budget | None = None, *, prefill_ids: Sequence[int] = (), room: int = 64) -> Opening:
+    """What a member of prompt ``q<index>`` starts from, with ``room`` tokens for prefill and answer."""
+    chosen = make_budget() if budget is None else budget
+    return Opening(chosen, make_prompt(index), tuple(prefill_ids), room - len(prefill_ids))
 
 
 def make_lease(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from launch.config import PACKAGED, load_settings, resolved_yaml, settings_from_mapping
 from launch.config_errors import known_keys, nearest_key
+from rl.budget_settings import BudgetRange, BudgetSchedule
 from rl.errors import ConfigError
 
 ROOT = PACKAGED.parent
@@ -234,6 +235,13 @@ def test_a_wrong_type_names_key_value_and_what_is_expected(config: Path, overrid
         (["rollout.budgets=[]"], "rollout.budgets is empty"),
         (["rollout.budgets=[32,999]"], "raise max_length to 999"),
         (["rollout.samples_per_prompt=7"], "use 4 or 8"),
+        (
+            ["rollout.budgets={kind: range, low: 8, hihg: 64}"],
+            "unknown key rollout.budgets.hihg; did you mean rollout.budgets.high?",
+        ),
+        (["rollout.budgets={kind: range, low: 8}"], "rollout.budgets.high is missing"),
+        (["rollout.budgets={kind: range, low: 8, high: many}"], "rollout.budgets.high='many': expected a valid integer"),
+        (["rollout.budgets={kind: often}"], "expected a list, or a section whose kind is range, schedule or memory"),
         (["learner.minibatches=3"], "use one of [1, 2, 4, 8]"),
         (["learner.ranks=100"], "lower learner.ranks"),
         (["max_steps=null"], "never stop"),
@@ -251,6 +259,26 @@ def test_a_wrong_type_names_key_value_and_what_is_expected(config: Path, overrid
 )
 def test_values_that_do_not_fit_together_say_what_would(config: Path, overrides: list[str], expected: str) -> None:
     assert expected in refusal(config, *overrides)
+
+
+def test_a_source_of_budgets_takes_the_place_of_a_list_and_a_list_that_of_a_source(config: Path) -> None:
+    drawn = {"kind": "range", "low": 8, "high": 64, "scale": "uniform", "per": "prompt"}
+    for form in ("{kind: range, low: 8, high: 64}", "[{kind: range, low: 8, high: 64}]"):
+        assert load_settings(config, [f"rollout.budgets={form}"]).rollout.budgets.model_dump() == drawn  # type: ignore[union-attr]
+    saved = load_settings(config, ["rollout.budgets={kind: range, low: 8, high: 64}"]).model_dump(mode="json")
+    assert settings_from_mapping(saved, ["rollout.budgets=[32,free]"], origin="saved").rollout.budgets == [32, "free"]
+    assert settings_from_mapping(saved, origin="saved").rollout.budgets.model_dump() == drawn  # type: ignore[union-attr]
+
+
+def test_a_file_may_put_a_source_over_the_list_it_builds_on_and_an_override_reaches_into_it(config: Path) -> None:
+    above = config.with_name("b.yaml")
+    write(above, "defaults: [run, _self_]\nrollout: {budgets: [{kind: range, low: 8, high: 64}]}\n")
+    budgets = load_settings(above, ["rollout.budgets.low=16"]).rollout.budgets
+    assert isinstance(budgets, BudgetRange) and (budgets.low, budgets.high) == (16, 64)
+    higher = write(config.with_name("c.yaml"), "defaults: [b, _self_]\nrollout: {budgets: [{kind: schedule, start: 90}]}\n")
+    assert isinstance(load_settings(higher).rollout.budgets, BudgetSchedule)
+    write(above, "defaults: [run, _self_]\nrollout: {budgets: {kind: range, low: 8, high: 64}}\n")
+    assert "write the section as a list of one" in refusal(above)
 
 
 def test_all_errors_are_listed_one_line_each(config: Path) -> None:

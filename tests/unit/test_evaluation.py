@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from rl.embedded import build_tiny
-from rl.evaluation import EvalResult, evaluated_model
+from rl.collection import Collected
+from rl.embedded import build_tiny, tiny_tokenizer
+from rl.evaluation import EvalResult, evaluate, evaluated_model, trained_steps
+from rl.manifest import begin, commit
 from rl.models import at_folder, local_folder
-from rl.prompts import load_tokenizer
-from rl.settings import ModelSettings, WarmStartSettings
+from rl.prompts import PromptEncoder, load_tokenizer
+from rl.settings import ModelSettings, Settings, WarmStartSettings
+from rl.types import Group, Lease, Manifest, Prompt, WeightVersion
+from rollout.budgets import BudgetPlan
+from tests.builders import make_prompt, make_rollout, make_scored
 
 TRUSTED = ModelSettings(path="someone/base", trust_remote_code=True, revision="abc123")
 
@@ -47,3 +52,66 @@ def test_answers_without_a_score_are_counted_under_every_budget(label: str, root
         f"{root}/truncated": 0.1,
         f"{root}/unscored": 3.0,
     }
+
+
+# -- budgets -----------------------------------------------------------------------------------------------------------------
+
+
+class _Collector:
+    """Answers every lease with the same four tokens, all correct, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.leases: list[Lease] = []
+
+    def collect(self, leases: tuple[Lease, ...], **_: object) -> Collected:
+        self.leases += leases
+        return Collected((Group(make_prompt(0), tuple(make_scored(make_rollout(lease)) for lease in leases)),), (), 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("budgets", "step", "labels"),
+    [
+        ([32, 64, "free"], 2, ["free", "32", "64"]),
+        ({"kind": "range", "low": 16, "high": 128}, 2, ["free", "16", "72", "128"]),
+        ({"kind": "schedule", "start": 100, "gamma": 0.25}, 2, ["free", "50"]),
+        ({"kind": "schedule", "start": 100, "gamma": 0.25}, None, ["free", "25"]),
+        ({"kind": "memory", "start": 40}, 2, ["free", "40"]),
+    ],
+)
+def test_held_out_problems_are_asked_without_a_budget_and_under_a_few_of_the_source(
+    budgets: object, step: int | None, labels: list[str]
+) -> None:
+    settings = Settings.model_validate(
+        {
+            "model": {"path": "org/name"},
+            "data": {"source": "x.json"},
+            "rollout": {
+                "budgets": budgets,
+                "samples_per_prompt": 6,
+                "max_length": 160,
+                "budget_place": "suffix",
+                "budget_template": " I will answer with {budget} tokens",
+            },
+            "eval": {"samples": 2, "with_budgets": True},
+            "max_steps": 4,
+        }
+    )
+    tokenizer = tiny_tokenizer()
+    encoder = PromptEncoder(tokenizer, settings.data)
+    plan = BudgetPlan(settings.rollout, tokenizer, encoder=encoder, max_steps=settings.max_steps)
+    prompt = Prompt(id="q", question="4 + 3 =", answer="7", token_ids=encoder.encode("4 + 3 ="))
+    collector = _Collector()
+    results = evaluate(collector, plan, [prompt], settings, version=9, step=step)  # pyright: ignore[reportArgumentType]
+    assert [result.label for result in results] == labels
+    asked = [str(tokenizer.decode(list(lease.prompt.token_ids))) for lease in collector.leases]
+    words = ["", *(f" I will answer with {label} tokens" for label in labels[1:])]
+    assert asked == [f"4 + 3 ={said}" for said in words for _ in range(2)]
+    assert {(lease.ticket, lease.min_version) for lease in collector.leases} == {(f"999999.0000.00{m}", 9) for m in range(2)}
+
+
+def test_only_a_checkpoint_says_after_how_many_steps_its_schedule_stands(tmp_path: Path) -> None:
+    assert trained_steps(tmp_path) is None
+    partial = begin(tmp_path / "checkpoints", 30)
+    (partial / "state.json").write_text("{}")
+    folder = commit(partial, Manifest(30, {}, 0, 0, 0.0, None, WeightVersion(30, ""), 1))
+    assert trained_steps(folder) == 30

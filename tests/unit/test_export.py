@@ -95,6 +95,13 @@ def test_the_card_states_method_budgets_base_model_and_figures(tmp_path: Path, m
     assert "train/loss" not in card and "trust_remote_code" not in card
 
 
+def test_the_card_says_how_budgets_were_drawn(tmp_path: Path, model_folder: Path) -> None:
+    rollout = {"budgets": {"kind": "range", "low": 100, "high": 4000}, "samples_per_prompt": 6}
+    write_checkpoint(tmp_path / "run", 10, model_folder, config=config_of(rollout=rollout))
+    card = (export_checkpoint(tmp_path / "run", tmp_path / "model") / "README.md").read_text()
+    assert "| token budgets | 100 to 4000, uniform, one per prompt |" in card
+
+
 def test_the_card_gives_away_no_login_and_no_local_path(tmp_path: Path, model_folder: Path) -> None:
     config = config_of(model={"path": str(model_folder)}, data={"source": "/home/someone/private/problems.jsonl"})
     write_checkpoint(tmp_path / "run", 10, model_folder, config=config)

@@ -6,7 +6,7 @@ import pytest
 from matplotlib.image import imread
 
 from rl.console import COLUMNS
-from rl.figures import draw_curves, write_table
+from rl.figures import _labels, draw_curves, write_table
 from rl.run_folder import append_lines
 
 
@@ -54,6 +54,17 @@ def test_the_figure_is_drawn_for_any_length_of_run(tmp_path: Path, steps: int) -
     assert image.shape[0] > 500 and image.shape[1] > 1000
     assert image[..., :3].min() < 0.5
     assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
+
+
+def test_bins_of_budgets_are_in_order_of_their_numbers_and_none_comes_last(tmp_path: Path) -> None:
+    labels = ("free", "512-1023", "64-127", "1", "96", "128-255")
+    lines = [
+        {"step": s, "train/accuracy": 0.5, "train/tokens": 9.0} | {f"budget/{x}/tokens": 9.0 for x in labels} for s in (1, 2)
+    ]
+    append_lines(tmp_path / "metrics.jsonl", lines)
+    assert _labels(lines) == ["1", "64-127", "96", "128-255", "512-1023", "free"]
+    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 0
 
 
 def test_a_run_without_a_step_is_an_error_not_an_empty_picture(tmp_path: Path) -> None:

@@ -241,6 +241,34 @@ def test_what_the_next_steps_compute_may_not_change_on_resume(name: str, value: 
     assert len(found) == 1 and found[0].startswith(name)
 
 
+RANGE = {"kind": "range", "low": 16, "high": 128, "scale": "uniform", "per": "prompt"}
+MEMORY = {"kind": "memory", "statistic": "shortest", "factor": 1.0, "start": 64, "floor": 1}
+
+
+def test_drawn_budgets_resume_as_they_were_and_every_change_in_them_is_named() -> None:
+    old = with_value("rollout.budgets", RANGE)
+    assert incompatible_keys(old, with_value("rollout.budgets", dict(RANGE))) == []
+    assert incompatible_keys(old, with_value("rollout.budgets", RANGE | {"high": 99})) == ["rollout.budgets.high"]
+    assert "rollout.budgets" in incompatible_keys(old, with_value("rollout.budgets", MEMORY))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ([32, 64], RANGE, 'rollout.budgets: [32, 64] -> "range"'),
+        (["free"], RANGE, 'rollout.budgets: ["free"] -> "range"'),
+        (RANGE, [32, 64], 'rollout.budgets: "range" -> [32, 64]'),
+        (RANGE, MEMORY, 'rollout.budgets: "range" -> "memory"'),
+        (MEMORY, MEMORY | {"floor": 9}, "rollout.budgets.floor: 1 -> 9"),
+    ],
+)
+def test_another_source_of_budgets_is_one_clear_difference(before: Any, after: Any, told: str) -> None:
+    manifest = replace(manifest_of(10), config=with_value("rollout.budgets", before))
+    with pytest.raises(ConfigError) as caught:
+        check_resumable(manifest, with_value("rollout.budgets", after))
+    assert told in str(caught.value)
+
+
 def test_check_resumable_lists_every_change_with_both_values() -> None:
     config = with_value("learner.ranks", 2)
     config["seed"] = 5

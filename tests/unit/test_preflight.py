@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
+from launch.plan_tables import batch_table
 from rl.errors import ConfigError, ModelError
 from rl.preflight import (
     GB,
@@ -56,6 +59,22 @@ def test_the_sizes_of_a_step_follow_from_the_settings() -> None:
     assert plan.rollouts_per_rank == 5
     assert plan.updates_per_step == 8
     assert plan.tokens_per_step == 96 * 200
+
+
+@pytest.mark.parametrize(
+    ("budgets", "label"),
+    [
+        ({"kind": "range", "low": 16, "high": 128}, "16 to 128, uniform, one per prompt"),
+        ({"kind": "schedule"}, "800 falling to 160 over max_steps"),
+        ({"kind": "memory", "start": 64}, "64, then 1 x the shortest correct answer of the prompt"),
+    ],
+)
+def test_budgets_that_differ_from_step_to_step_are_one_row_that_says_how(budgets: dict[str, Any], label: str) -> None:
+    plan = derived_plan(make(rollout={"budgets": budgets, "samples_per_prompt": 8}, prompts_per_step=12))
+    assert plan.rollouts_per_budget == {label: 96}
+    shown = Console(file=io.StringIO(), width=120)
+    shown.print(batch_table(plan))
+    assert f"rollouts with budget {label}" in shown.file.getvalue()  # type: ignore[attr-defined]
 
 
 @given(st.integers(1, 12), st.integers(1, 6), st.integers(1, 4), st.integers(1, 4))

@@ -73,6 +73,8 @@ def test_a_model_of_ones_own_comes_with_its_tokenizer(local_model: list[str], tm
         (["rollout.max_length=20", "rollout.budgets=[16]"], ConfigError, "rollout.max_length=20 is too short"),
         (["rollout.max_length=8", "rollout.budgets=[8]"], ConfigError, "leaves no room"),
         (["rollout.free_template='hurry up'"], ConfigError, "cannot encode the opening sentence"),
+        (["rollout.budgets=[9,64]", "rollout.hard_budgets=true"], ConfigError, "hard budget of 9 tokens is used up"),
+        (["rollout.budget_place=suffix", "rollout.budget_template=' in {budget}'"], ConfigError, "cannot encode the end of"),
         (["data.template=solve"], ConfigError, "put {question} into it"),
         (["data.max_prompt_length=3"], DataError, "every prompt is longer than data.max_prompt_length=3"),
         (["warm_start.heads=1", "warm_start.hidden_size=384"], ConfigError, "use at least 3 heads"),
@@ -83,6 +85,16 @@ def test_a_mistake_is_told_with_its_fix(overrides: list[str], kind: type[BudgetR
     with pytest.raises(kind, match=told) as caught:
         inputs_of(*overrides)
     assert caught.value.fix
+
+
+def test_prompts_that_only_fit_without_their_budget_are_dropped_and_counted_before_training() -> None:
+    long = ["data.size=64", "data.held_out=16"]
+    place = ["rollout.budget_place=suffix", "rollout.budget_template=' I will answer with {budget} tokens'"]
+    without = inputs_of(*long, "data.max_prompt_length=27")
+    behind = inputs_of(*long, "data.max_prompt_length=27", *place)
+    assert without.dropped_share == 0 < behind.dropped_share < 1
+    lengths = [len(behind.plan.open(p, b).prompt.token_ids) for p in behind.stream.take(0, 64)[0] for b in behind.plan.levels()]
+    assert max(lengths) == 27
 
 
 def test_a_response_longer_than_a_local_model_takes_is_refused(local_model: list[str]) -> None:

@@ -57,6 +57,8 @@ def test_the_order_depends_on_the_seed_alone() -> None:
         {"data": {"task": {"min_terms": 2}}},
         {"rollout": RolloutSettings(budget_template="<think> at most {budget} tokens")},
         {"rollout": RolloutSettings(max_length=128)},
+        {"rollout": RolloutSettings.model_validate({"budgets": {"kind": "range", "low": 16, "high": 128}})},
+        {"rollout": RolloutSettings(budgets=[64], budget_place="none", hard_budgets=True)},
     ],
 )
 def test_whatever_the_model_depends_on_gives_another_cache_entry(changes: dict[str, Any]) -> None:
@@ -65,7 +67,13 @@ def test_whatever_the_model_depends_on_gives_another_cache_entry(changes: dict[s
 
 @pytest.mark.parametrize(
     "changes",
-    [{"seed": 5}, {"prompts_per_step": 4}, {"warm_start": WarmStartSettings(cache_dir="elsewhere")}, {"max_minutes": 1.0}],
+    [
+        {"rollout": RolloutSettings(budgets=[64])},
+        {"seed": 5},
+        {"prompts_per_step": 4},
+        {"warm_start": WarmStartSettings(cache_dir="elsewhere")},
+        {"max_minutes": 1.0},
+    ],
 )
 def test_what_only_the_run_depends_on_finds_the_same_entry(changes: dict[str, Any]) -> None:
     assert cache_key(_settings(**changes)) == cache_key(_settings())

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from rl.batch import pack_rollouts
-from rl.step_metrics import accuracy_and_tokens, advantage_metrics, learner_metrics, rollout_metrics
+from rl.step_metrics import accuracy_and_tokens, advantage_metrics, budget_labels, learner_metrics, octave, rollout_metrics
 from rl.types import Group, VerdictStatus
-from tests.builders import make_group, make_lease, make_prompt, make_rollout, make_scored
+from tests.builders import make_budget, make_group, make_lease, make_prompt, make_rollout, make_scored
 
 
 def _groups() -> list[Group]:
@@ -46,6 +46,38 @@ def test_rollout_metrics_of_a_small_step() -> None:
             "group/flat": 0.5,  # the second group has one scored member, which cannot differ from anything
         }
     )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "label"), [(1, "1"), (2, "2-3"), (3, "2-3"), (4, "4-7"), (64, "64-127"), (127, "64-127"), (4000, "2048-4095")]
+)
+def test_a_bin_of_budgets_reaches_from_a_power_of_two_to_the_next(tokens: int, label: str) -> None:
+    assert octave(tokens) == label
+
+
+def test_there_is_no_bin_below_one() -> None:
+    with pytest.raises(ValueError, match="above 0, got 0"):
+        octave(0)
+
+
+def test_up_to_eight_budgets_are_shown_one_by_one_and_more_by_powers_of_two() -> None:
+    free, eight = make_budget(), [make_budget(n) for n in range(60, 68)]
+    labels = budget_labels([free, *eight, *eight])
+    assert [labels[b] for b in (free, eight[0], eight[7])] == ["free", "60", "67"]
+    labels = budget_labels([free, *eight, make_budget(130)])
+    assert [labels[b] for b in (free, eight[0], eight[7])] == ["free", "32-63", "64-127"]
+    assert set(labels.values()) == {"free", "32-63", "64-127", "128-255"}
+
+
+def test_drawn_budgets_have_names_that_stay_and_a_mean_that_moves() -> None:
+    metrics = rollout_metrics(
+        [make_group(0, [1.0, 0.0], budgets=[40, 40]), make_group(1, [1.0, 1.0], budgets=[50, None])], drawn=True
+    )
+    assert metrics["budget/32-63/accuracy"] == pytest.approx(2 / 3)
+    assert metrics["budget/free/accuracy"] == 1.0
+    assert metrics["train/budget"] == pytest.approx(130 / 3)
+    assert not any(name.startswith(("budget/40", "budget/50")) for name in metrics)
+    assert "train/budget" not in rollout_metrics([make_group(0, [1.0], budgets=[40])])
 
 
 def test_the_verdict_shares_add_up_to_one() -> None:

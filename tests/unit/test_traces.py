@@ -128,6 +128,48 @@ def test_budgets_above_the_cap_are_not_asked_for(problems: Sequence[Problem]) ->
     assert max(len(t.response_ids) for t in short) <= 80
 
 
+@pytest.mark.parametrize(
+    ("budgets", "low", "high"),
+    [
+        ({"kind": "range", "low": 40, "high": 90}, 40, 90),
+        ({"kind": "range", "low": 40, "high": 90, "scale": "log_uniform"}, 40, 90),
+        ({"kind": "schedule", "start": 100, "gamma": 0.5}, 50, 100),
+        ({"kind": "memory", "start": 64, "floor": 30}, 30, 160),
+    ],
+)
+def test_the_teacher_is_asked_for_any_budget_that_the_run_may_ask_for(
+    problems: Sequence[Problem], budgets: dict[str, object], low: int, high: int
+) -> None:
+    rollout = RolloutSettings.model_validate({"budgets": budgets, "max_length": 160})
+    made = traces(problems, rollout=rollout, budget_share=1.0)
+    asked = {trace.budget for trace in made}
+    assert (min(asked), max(asked)) == (pytest.approx(low, abs=2), pytest.approx(high, abs=2))
+    assert low <= min(asked) and max(asked) <= high and len(asked) > 40
+    assert all(text(t).startswith(f"<think> I will answer the question with {t.budget} tokens\n") for t in made)
+
+
+def test_a_log_uniform_range_asks_for_small_budgets_more_often_than_a_uniform_one(problems: Sequence[Problem]) -> None:
+    def median(scale: str) -> float:
+        budgets = {"kind": "range", "low": 20, "high": 159, "scale": scale}
+        rollout = RolloutSettings.model_validate({"budgets": budgets, "max_length": 160})
+        return statistics.median(t.budget for t in traces(problems[:1000], rollout=rollout, budget_share=1.0))
+
+    assert median("uniform") == pytest.approx(89.5, abs=6)
+    assert median("log_uniform") == pytest.approx(56.6, abs=5)  # sqrt(20 * 160)
+
+
+def test_the_teacher_reads_a_budget_where_the_run_will_write_it(problems: Sequence[Problem]) -> None:
+    words = " I will answer with {budget} tokens"
+    behind = RolloutSettings(budgets=[64], max_length=160, budget_place="suffix", budget_template=words)
+    (trace,) = traces(problems[:1], rollout=behind, budget_share=1.0)
+    question = problems[0].question
+    assert TOKENIZER.decode(list(trace.prompt_ids)) == f"{question} I will answer with {trace.budget} tokens"
+    assert trace.budget > 0 and text(trace).startswith("<think>\n")
+    silent = RolloutSettings(budgets=[64], max_length=160, budget_place="none", hard_budgets=True)
+    (trace,) = traces(problems[:1], rollout=silent, budget_share=1.0)
+    assert (TOKENIZER.decode(list(trace.prompt_ids)), trace.budget) == (question, 0)
+
+
 def test_a_cap_below_the_bare_working_is_refused(problems: Sequence[Problem]) -> None:
     with pytest.raises(ConfigError, match=r"rollout\.max_length=20 is too short for the working"):
         traces(problems, rollout=RolloutSettings(max_length=20))
