@@ -11,6 +11,7 @@ from rl.cluster import Workforce
 from rl.errors import ConfigError
 from rl.manifest import abandon, begin, check_resumable, commit, latest, prune, read_manifest, verify
 from rl.run_folder import RunFolder
+from rl.sampling_state import STATE_NAME, SamplingState
 from rl.settings import Settings
 from rl.sft import copy_tokenizer
 from rl.types import Manifest, WeightVersion
@@ -34,6 +35,7 @@ def save_checkpoint(
     minutes_spent: float,
     run_id: str | None,
     evaluation: Mapping[str, float],
+    sampling: SamplingState,
 ) -> Path:
     """Write the state after ``step`` finished steps; the folder appears only when every byte is on disk.
 
@@ -44,7 +46,8 @@ def save_checkpoint(
     answers = wait_for(refs, seconds=settings.learner.deadline_s, what=f"learner writes checkpoint {step}")
     checksum = next(answer.checksum for answer in answers if answer is not None)
     copy_tokenizer(model, partial / "model")
-    (partial / "state.json").write_text(json.dumps({"metrics": dict(evaluation)}, indent=2) + "\n", encoding="utf-8")
+    state = {"metrics": dict(evaluation), "sampling": sampling.to_json()}
+    (partial / STATE_NAME).write_text(json.dumps(state) + "\n", encoding="utf-8")
     done = commit(
         partial,
         Manifest(

@@ -11,12 +11,14 @@ from typing import Any
 
 from rl.cluster import Workforce, check_cluster, connect, disconnect
 from rl.collection import Collector
-from rl.coordinator import make_leases
 from rl.errors import BudgetRLError
+from rl.leases import make_leases
+from rl.manifest import MANIFEST_NAME, read_manifest
 from rl.run_folder import replace_text
+from rl.sampling_state import STATE_NAME, SamplingState, evaluation_shaping, read_sampling
 from rl.settings import ModelSettings, Settings
 from rl.step_metrics import accuracy_and_tokens
-from rl.types import Budget, BudgetKind, Prompt, Scored, Shaping, VerdictStatus
+from rl.types import Prompt, Scored, VerdictStatus
 from rl.waiting import StopFlag, wait_for
 from rollout.budgets import BudgetPlan
 
@@ -56,26 +58,27 @@ def evaluate(
     settings: Settings,
     *,
     version: int,
+    step: int | None = None,
+    sampling: SamplingState | None = None,
     stop: StopFlag | None = None,
 ) -> list[EvalResult]:
-    """Sample ``eval.samples`` answers to each held-out prompt, without a budget and, if asked, under each budget.
+    """Sample ``eval.samples`` answers to each held-out prompt, without a budget and, if asked, under each budget of the plan.
 
-    Seeds do not depend on the model, so evaluations before and after training share their random numbers.
+    ``step`` chooses the budget of a schedule; see `BudgetPlan.levels`. With ``eval.shaped`` tokens are drawn as in training, from
+    the statistics in ``sampling``. Seeds do not depend on the model, so evaluations before and after training share their random
+    numbers.
     """
-    free = Budget(tokens=0, kind=BudgetKind.FREE, template=settings.rollout.free_template)
-    budgets = [free, *(b for b in plan.levels if not b.is_free)] if settings.eval.with_budgets else [free]
+    shaping = evaluation_shaping(
+        settings.rollout, sampling or SamplingState(), temperature=settings.eval.temperature, shaped=settings.eval.shaped
+    )
+    budgets = [plan.free, *(b for b in plan.levels(step) if not b.is_free)] if settings.eval.with_budgets else [plan.free]
     results = []
     for budget in budgets:
-        members = [budget] * settings.eval.samples
-        prefills = [[plan.prefill_ids(budget, prompt.token_ids)] * settings.eval.samples for prompt in prompts]
         leases = make_leases(
-            prompts,
-            members,
-            prefills,
+            [[plan.open(prompt, budget)] * settings.eval.samples for prompt in prompts],
             step=EVAL_STEP,
             run_seed=settings.data.seed,
-            shaping=Shaping(temperature=settings.eval.temperature),
-            max_length=settings.rollout.max_length,
+            shaping=shaping,
             min_version=version,
         )
         collected = collector.collect(leases, top_p=settings.eval.top_p, stop=stop)
@@ -118,9 +121,11 @@ def run_evaluation(settings: Settings, *, target: Path) -> int:
     model = local_folder(evaluated_model(settings.model, target))
     check_context(settings, longest_context(model))
     tokenizer = load_tokenizer(at_folder(settings.model, model))
-    plan = BudgetPlan(settings.rollout, tokenizer)
+    encoder = PromptEncoder(tokenizer, settings.data)
+    plan = BudgetPlan(settings.rollout, tokenizer, encoder=encoder, max_steps=settings.max_steps)
     held_out = load_problems(settings.data).held_out[: settings.eval.problems]
-    prompts, dropped = PromptEncoder(tokenizer, settings.data).encode_all(held_out)
+    prompts, dropped = encoder.encode_all(held_out, suffix=plan.longest_suffix())
+    plan.check(prompts[0])
     resources = connect()
     workforce = Workforce(settings)
     try:
@@ -130,7 +135,16 @@ def run_evaluation(settings: Settings, *, target: Path) -> int:
             wait_for(refs, seconds=settings.rollout.start_deadline_s, what="engines and graders start", stop=stop)
             collector = Collector(workforce.engines, workforce.scorers, settings)
             with_budgets = settings.model_copy(update={"eval": settings.eval.model_copy(update={"with_budgets": True})})
-            results = evaluate(collector, plan, prompts, with_budgets, version=0, stop=stop)
+            results = evaluate(
+                collector,
+                plan,
+                prompts,
+                with_budgets,
+                version=0,
+                step=trained_steps(target),
+                sampling=read_sampling(target) if (target / STATE_NAME).is_file() else None,
+                stop=stop,
+            )
     finally:
         workforce.close()
         disconnect()
@@ -164,6 +178,11 @@ def evaluated_model(model: ModelSettings, target: Path) -> ModelSettings:
         return model.model_copy(update={"path": str(target)})
     has_gguf = model.gguf_file is not None and (folder / model.gguf_file).is_file()
     return model.model_copy(update={"path": str(folder), "revision": None, "gguf_file": model.gguf_file if has_gguf else None})
+
+
+def trained_steps(target: Path) -> int | None:
+    """The step of the checkpoint ``target``; None for a model that says nothing of its training."""
+    return read_manifest(target).step if (target / MANIFEST_NAME).is_file() else None
 
 
 def special_tokens(tokenizer: Any) -> list[str]:

@@ -13,17 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rl.behaviour import Vocabulary
 from rl.console import Console
 from rl.data import DataError, Problems, load_problems
 from rl.embedded import build_tiny, tiny_config, tiny_tokenizer
 from rl.errors import ConfigError
 from rl.models import at_folder, local_folder, longest_context
 from rl.prompts import PromptEncoder, PromptStream, load_tokenizer
+from rl.rollout_settings import ReflexSettings
 from rl.settings import Settings
 from rl.traces import Trace, make_traces
 from rl.types import Prompt
 from rl.waiting import StopFlag
 from rollout.budgets import BudgetPlan
+from rollout.reflex import end_id, reflection_ids
 
 log = logging.getLogger("budget_rl")
 
@@ -41,6 +44,8 @@ class Inputs:
     held_out: tuple[Prompt, ...]
     plan: BudgetPlan
     dropped_share: float
+    vocabulary: Vocabulary | None = None
+    """The ids that a reflection bias is about; None without one."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Prepared:
     held_out: tuple[Prompt, ...]
     plan: BudgetPlan
     dropped_share: float
+    vocabulary: Vocabulary | None = None
 
 
 def find_inputs(settings: Settings) -> Inputs:
@@ -69,12 +75,13 @@ def find_inputs(settings: Settings) -> Inputs:
         check_context(settings, longest_context(model))
         tokenizer = load_tokenizer(at_folder(settings.model, model))
     encoder = PromptEncoder(tokenizer, settings.data)
-    plan = BudgetPlan(settings.rollout, tokenizer)
+    plan = BudgetPlan(settings.rollout, tokenizer, encoder=encoder, max_steps=settings.max_steps)
     problems = load_problems(settings.data, extra=warm.traces if warm else 0)
     traces = []
     if warm and model is None:
         traces = make_traces(problems.extra, settings=warm, rollout=settings.rollout, tokenizer=tokenizer, encoder=encoder)
-    prompts, held_out, dropped = _encoded(settings, problems, encoder)
+    prompts, held_out, dropped = _encoded(settings, problems, encoder, plan.longest_suffix())
+    plan.check(prompts[0])
     return Inputs(
         model=model,
         traces=tuple(traces),
@@ -83,7 +90,18 @@ def find_inputs(settings: Settings) -> Inputs:
         held_out=tuple(held_out[: settings.eval.problems]),
         plan=plan,
         dropped_share=dropped / max(len(problems.train), 1),
+        vocabulary=reflection_vocabulary(settings.rollout.reflex, tokenizer),
     )
+
+
+def reflection_vocabulary(reflex: ReflexSettings | None, tokenizer: Any) -> Vocabulary | None:
+    """The ids of the reflection words and of the token that ends the thinking.
+
+    Raises ConfigError where the tokenizer lacks one.
+    """
+    if reflex is None:
+        return None
+    return Vocabulary(reflection_ids(tokenizer, reflex.words, leading_space=reflex.leading_space), end_id(tokenizer, reflex.end))
 
 
 def check_context(settings: Settings, positions: int | None) -> None:
@@ -111,6 +129,7 @@ def prepare_run(settings: Settings, inputs: Inputs, console: Console, stop: Stop
         held_out=inputs.held_out,
         plan=inputs.plan,
         dropped_share=inputs.dropped_share,
+        vocabulary=inputs.vocabulary,
     )
 
 
@@ -142,10 +161,12 @@ def _cached_model(settings: Settings) -> Path | None:
     return folder if (folder / "config.json").is_file() else None
 
 
-def _encoded(settings: Settings, problems: Problems, encoder: PromptEncoder) -> tuple[list[Prompt], list[Prompt], int]:
+def _encoded(
+    settings: Settings, problems: Problems, encoder: PromptEncoder, suffix: str
+) -> tuple[list[Prompt], list[Prompt], int]:
     """Prompts to train on, held-out prompts, and how many of the former were too long; says so, and refuses too few."""
-    prompts, dropped = encoder.encode_all(problems.train)
-    held_out, dropped_held_out = encoder.encode_all(problems.held_out)
+    prompts, dropped = encoder.encode_all(problems.train, suffix=suffix)
+    held_out, dropped_held_out = encoder.encode_all(problems.held_out, suffix=suffix)
     if dropped or dropped_held_out:
         log.warning(
             "%d of %d prompts and %d held-out problems are longer than data.max_prompt_length=%d and were dropped",

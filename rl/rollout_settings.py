@@ -12,6 +12,11 @@ from rl.sections import Positive, Section
 REFLECTION_WORDS = ("wait", "Wait", "but", "But", "Alternatively")
 """The words of CyclicReflex (arXiv 2506.11077), looked up in the vocabulary as they stand here."""
 
+LOSSY_VERIFICATION = ("synthetic", "fly")
+"""Ways of verifying drafts that change the distribution."""
+V1_DRAFTING = ("ngram", "suffix", "custom_class")
+"""Drafting that vLLM 0.31 runs on its V1 model runner, which takes no logits processors beside it."""
+
 
 class AdaptiveSettings(Section):
     """HAPO's adaptive temperature: hotter where the model is unsure, cooler where it is sure (arXiv 2509.16591, part A)."""
@@ -43,6 +48,8 @@ class ReflexSettings(Section):
     """Generated tokens after which it ends; None: at `</think>` only."""
     words: list[str] = Field(default_factory=lambda: list(REFLECTION_WORDS), min_length=1)
     """Keys of the vocabulary to bias; each must be one token."""
+    end: str = "</think>"
+    """Key of the vocabulary after which there is no bias: the token that ends the thinking."""
     leading_space: bool = False
     """Bias the words with a space in front too, where the vocabulary has them as one token."""
 
@@ -136,6 +143,11 @@ class RolloutSettings(Section):
         return template
 
     @property
+    def has_listed_budgets(self) -> bool:
+        """Whether every step has the same few budgets; else each step has its own."""
+        return isinstance(self.budgets, list)
+
+    @property
     def is_shaped(self) -> bool:
         """Whether tokens are drawn from anything but softmax(logits)."""
         return self.temperature != 1.0 or self.adaptive is not None or self.reflex is not None
@@ -184,6 +196,12 @@ class RolloutSettings(Section):
             )
         if self.budget_place == "none" and not self.hard_budgets and self.budgets != ["free"]:
             raise ValueError("rollout.budget_place=none tells nobody the budget; set hard_budgets=true, prefill or suffix")
+        opening = "budget_template" if self.budget_place == "prefill" else "free_template"
+        if self.hard_budgets and "<think>" not in getattr(self, opening):
+            raise ValueError(
+                f"rollout.hard_budgets counts from <think>, and rollout.{opening}={getattr(self, opening)!r} does not write it; "
+                f"put <think> into it"
+            )
         if self.answer_tokens is not None and not self.hard_budgets:
             raise ValueError("rollout.answer_tokens comes after a hard budget; set rollout.hard_budgets=true, or leave it out")
         largest = largest_budget(self.budgets)
@@ -193,6 +211,28 @@ class RolloutSettings(Section):
             raise ValueError(
                 f"rollout.hard_budgets: a budget of {largest} leaves no answer inside rollout.max_length={self.max_length}; "
                 f"raise max_length"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _speculates(self) -> RolloutSettings:
+        speculative = self.speculative or {}
+        if speculative.get("rejection_sample_method") in LOSSY_VERIFICATION:
+            raise ValueError(
+                f"rollout.speculative.rejection_sample_method={speculative['rejection_sample_method']} accepts drafts that the "
+                "model would not have drawn, so importance ratios would be wrong; leave it out, or use block"
+            )
+        if speculative and self.gpus_per_worker == 0:
+            raise ValueError(
+                "rollout.speculative needs a GPU: vLLM 0.31 on a CPU draws wrong tokens with it (docs/shaping.md); leave it out"
+            )
+        if not speculative or (self.adaptive is None and self.reflex is None):
+            return self
+        if speculative.get("method") in V1_DRAFTING:
+            raise ValueError(
+                f"rollout.speculative.method={speculative['method']} makes vLLM 0.31 use its V1 model runner, which takes no "
+                "logits processors, so rollout.adaptive and rollout.reflex could not work; use eagle, eagle3, mtp, draft_model "
+                "or dflash, or leave rollout.speculative out"
             )
         return self
 

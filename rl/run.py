@@ -9,19 +9,24 @@ from pathlib import Path
 
 import torch
 
+from rl.behaviour import behaviour_of
+from rl.budget_settings import BudgetMemory
 from rl.checkpointing import Resume, save_checkpoint
 from rl.cluster import Workforce
 from rl.collection import Collector
 from rl.console import Console
-from rl.coordinator import make_leases
 from rl.errors import BudgetRLError
 from rl.evaluation import evaluate, write_per_problem
+from rl.fairness import fairness_metrics, unfair_rejection
 from rl.learner_worker import to_data_proto
+from rl.leases import step_leases
 from rl.preparation import Prepared
+from rl.replay import Task
 from rl.run_folder import RunFolder
+from rl.sampling_state import SamplingState, read_sampling
 from rl.settings import Settings
-from rl.step_metrics import advantage_metrics, learner_metrics, rollout_metrics
-from rl.step_rules import build_batch, check_scored, effective_correction, idle_error, sample_record
+from rl.step_metrics import advantage_metrics, budget_labels, learner_metrics, rollout_metrics
+from rl.step_rules import build_batch, check_scored, chosen_correction, idle_error, sample_record
 from rl.tracking import Tracker
 from rl.types import Manifest, Scored, Shaping, StepReport, TrainBatch
 from rl.waiting import StopFlag, StopRequested, wait_for
@@ -68,6 +73,7 @@ class Run:
         self.folder, self.console, self.tracker, self.stop = folder, console, tracker, stop
         self.collector = Collector(workforce.engines, workforce.scorers, settings)
         self.progress = Progress(started=time.monotonic())
+        self.sampling = SamplingState()
         self.warned: set[str] = set()
         self.evaluation: tuple[int, dict[str, float]] = (-1, {})
         """The newest held-out figures and the step they were measured at."""
@@ -92,6 +98,7 @@ class Run:
             seconds=self.settings.learner.deadline_s,
             what="learner loads its state",
         )
+        self.sampling = read_sampling(checkpoint)
         self.progress = Progress(
             manifest.step, manifest.cursor, manifest.tokens_seen, manifest.minutes_spent, time.monotonic(), manifest.step
         )
@@ -127,22 +134,23 @@ class Run:
         started = time.monotonic()
         settings, progress = self.settings, self.progress
         prompts, cursor = self.prepared.stream.take(progress.cursor, settings.prompts_per_step)
-        plan = self.prepared.plan
-        budgets = plan.budgets(settings.rollout.samples_per_prompt)
-        leases = make_leases(
+        shaping = self.sampling.shaping(settings.rollout)
+        leases = step_leases(
             prompts,
-            budgets,
-            [[plan.prefill_ids(b, prompt.token_ids) for b in budgets] for prompt in prompts],
+            self.prepared.plan,
+            samples=settings.rollout.samples_per_prompt,
             step=progress.step,
             run_seed=settings.seed,
-            shaping=Shaping(settings.rollout.temperature),
-            max_length=settings.rollout.max_length,
+            shaping=shaping,
             min_version=progress.step,
+            memory=self.sampling.memory,
         )
         collected = self.collector.collect(leases, stop=self.stop)
         check_scored(collected, settings.reward.max_unscored)
-        batch, advantage_N, members = build_batch(collected.groups, settings)
-        metrics = rollout_metrics(collected.groups) | advantage_metrics(advantage_N, batch)
+        batch, advantage_N, members = build_batch(collected.groups, settings, self.prepared.vocabulary)
+        metrics = rollout_metrics(collected.groups, drawn=not settings.rollout.has_listed_budgets) | advantage_metrics(
+            advantage_N, batch
+        )
         metrics |= {"rollouts/lost": float(len(collected.lost)), "prompts/dropped": self.prepared.dropped_share}
         metrics |= engine_metrics(collected.stats)
         self.write_samples(progress.step + 1, members, advantage_N)
@@ -150,12 +158,14 @@ class Run:
             self.record(StepReport(1, metrics))  # what the advice is about, on screen and on disk
             raise error
         learning = time.monotonic()
-        metrics |= self.update(batch)
+        metrics |= self.update(batch, shaping, members)
         syncing = time.monotonic()
         progress.step += 1
         self.push_weights()
         ended = time.monotonic()
         progress.cursor = cursor
+        if isinstance(settings.rollout.budgets, BudgetMemory):
+            self.sampling.memory.observe(collected.groups)
         tokens = sum(m.rollout.length for group in collected.groups for m in group.members)
         progress.tokens_seen += tokens
         metrics |= {
@@ -169,7 +179,7 @@ class Run:
         }
         return StepReport(progress.step, metrics)
 
-    def update(self, batch: TrainBatch) -> dict[str, float]:
+    def update(self, batch: TrainBatch, shaping: Shaping, members: list[Scored]) -> dict[str, float]:
         """One pass of optimiser steps over the step's rollouts."""
         settings = self.settings
         data = to_data_proto(batch, settings.learner.ranks)
@@ -180,12 +190,15 @@ class Run:
         for i, m in enumerate(batch.minibatch_N.tolist()):
             global_tokens[m] += int(per_rollout[i])
         per_step = settings.learner.minibatches * settings.learner.epochs
+        correction = chosen_correction(settings)
         data.meta_info["update"] = {
-            "objective": "policy",
             "global_tokens": global_tokens,
-            "correction": effective_correction(settings),
-            "correction_cap": settings.correction_cap,
             "total_updates": settings.max_steps * per_step if settings.max_steps else None,
+            "task": Task(
+                correction=correction,
+                behaviour=behaviour_of([shaping], self.prepared.vocabulary),
+                entropies=settings.rollout.adaptive is not None,
+            ),
         }
         # Not interruptible: the weights must be those of a whole step when a checkpoint is written.
         totals = wait_for(
@@ -193,7 +206,18 @@ class Run:
             seconds=settings.learner.deadline_s,
             what=f"learner update {self.progress.step + 1}",
         )
-        return learner_metrics(totals)
+        rows = [rank["rollout_N5"] for rank in totals if "rollout_N5" in rank]
+        asked = (member.rollout.lease.budget for member in members)
+        labels = budget_labels(asked, binned=not settings.rollout.has_listed_budgets)
+        fairness = fairness_metrics(
+            torch.cat(rows) if rows else torch.zeros(0, 5),
+            [member.rollout.length for member in members],
+            [labels[member.rollout.lease.budget] for member in members],
+            clip=per_step > 1,
+            correction=correction.mode == "truncated",
+        )
+        entropies = [rank["entropy_T"] for rank in totals if "entropy_T" in rank]
+        return learner_metrics(totals) | fairness | self.sampling.learn(settings.rollout, entropies)
 
     def push_weights(self) -> None:
         """Every engine serves version ``step`` before the next rollout."""
@@ -237,6 +261,8 @@ class Run:
                 f"engine and learner disagree by {m['mismatch/max']:.1e} nats at step {report.step}: ratios are biased; "
                 f"use correction=truncated or model.dtype=float32",
             )
+        if (unfair := unfair_rejection(dict(m))) is not None:
+            self.warn("rejection", f"step {report.step}: {unfair}")
         if m["learn/skipped"]:
             log.warning(
                 "step %d: %d optimiser step skipped, loss or gradient was not finite; weights unchanged",
@@ -267,7 +293,14 @@ class Run:
         """Held-out accuracy and tokens at the current weights, into every sink under the current step."""
         started = time.monotonic()
         results = evaluate(
-            self.collector, self.prepared.plan, self.prepared.held_out, self.settings, version=self.progress.step, stop=self.stop
+            self.collector,
+            self.prepared.plan,
+            self.prepared.held_out,
+            self.settings,
+            version=self.progress.step,
+            step=self.progress.step,
+            sampling=self.sampling,
+            stop=self.stop,
         )
         write_per_problem(self.evaluation_file, results, step=self.progress.step)
         metrics = {name: value for result in results for name, value in result.metrics().items()}
@@ -298,6 +331,7 @@ class Run:
             minutes_spent=p.minutes,
             run_id=self.tracker.run_id,
             evaluation=self.evaluation[1] if self.evaluation[0] == p.step else {},
+            sampling=self.sampling,
         )
         p.saved_step = p.step
         return path

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
-from rl.types import Group, Scored, TrainBatch, VerdictStatus
+from rl.types import Budget, Group, Scored, TrainBatch, VerdictStatus
+
+BUDGETS_SHOWN = 8
+"""Most budgets of a step that are shown one by one."""
 
 
-def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Accuracy, tokens, rewards and verdict shares over the members of all groups (unscored ones only in their own share)."""
+def rollout_metrics(groups: Sequence[Group], *, drawn: bool = False) -> dict[str, float]:
+    """Accuracy, tokens, rewards and verdict shares over the members of all groups (unscored ones only in their own share).
+
+    drawn: budgets are no fixed list but differ from step to step; see :func:`budget_labels`. Their mean is shown, too.
+    """
     members = [member for group in groups for member in group.members]
     scored = [member for member in members if member.verdict.is_scored]
     metrics = {"train/" + name: value for name, value in accuracy_and_tokens(scored).items()}
     metrics["train/reward"] = _mean([m.reward.total for m in scored if m.reward is not None])
     parts: dict[str, list[float]] = defaultdict(list)
     budgets: dict[str, list[Scored]] = defaultdict(list)
+    labels = budget_labels((member.rollout.lease.budget for member in scored), binned=drawn)
     for member in scored:
-        budgets[member.rollout.lease.budget.label].append(member)
+        budgets[labels[member.rollout.lease.budget]].append(member)
         if member.reward is not None:
             for name, value in member.reward.parts.items():
                 parts[name].append(value)
     metrics |= {f"reward/{name}": _mean(values) for name, values in parts.items()}
+    asked = [float(m.rollout.lease.budget.tokens) for m in scored if not m.rollout.lease.budget.is_free]
+    metrics |= {"train/budget": _mean(asked)} if drawn and asked else {}
     for label, chosen in budgets.items():
         metrics |= {f"budget/{label}/{name}": value for name, value in accuracy_and_tokens(chosen).items()}
     for status in VerdictStatus:
@@ -31,6 +41,24 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     rewards = [[m.reward.total for m in group.members if m.reward is not None] for group in groups]
     metrics["group/flat"] = sum(len(set(values)) < 2 for values in rewards) / max(len(rewards), 1)
     return metrics
+
+
+def budget_labels(budgets: Iterable[Budget], *, binned: bool = False) -> dict[Budget, str]:
+    """What each budget is called in metric names: its own label, or that of its power of two, such as ``64-127``.
+
+    By powers of two where asked for (so that names stay the same from step to step), or for more than 8 different numbers.
+    """
+    distinct = set(budgets)
+    binned = binned or len({budget.tokens for budget in distinct if not budget.is_free}) > BUDGETS_SHOWN
+    return {budget: budget.label if budget.is_free or not binned else octave(budget.tokens) for budget in distinct}
+
+
+def octave(tokens: int) -> str:
+    """``2^k-(2^(k+1) - 1)`` for 2^k <= tokens < 2^(k+1), for example ``64-127``; ``1`` by itself. tokens: above 0."""
+    if tokens < 1:
+        raise ValueError(f"octave needs a number above 0, got {tokens}")
+    low = 1 << (tokens.bit_length() - 1)
+    return f"{low}-{2 * low - 1}" if low > 1 else "1"
 
 
 def accuracy_and_tokens(members: Sequence[Scored]) -> dict[str, float]:
@@ -51,11 +79,16 @@ def advantage_metrics(advantage_N: torch.Tensor, batch: TrainBatch) -> dict[str,
     }
 
 
-def learner_metrics(ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Merge the ranks' totals (`sum/*` added, `max/*` maximised, `same/*` equal everywhere) into per-token means."""
+def learner_metrics(ranks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Merge the ranks' totals (`sum/*` added, `max/*` maximised, `same/*` equal everywhere) into per-token means.
+
+    What is no number (entropies, rows per rollout) is for others.
+    """
     totals: dict[str, float] = {}
     for rank in ranks:
         for name, value in rank.items():
+            if isinstance(value, torch.Tensor):
+                continue
             kind = name.split("/")[0]
             if kind == "sum":
                 totals[name] = totals.get(name, 0.0) + value

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 
 from reward.budget import budget_ceiling
 from rl.advantage import compute
 from rl.batch import pack_rollouts
+from rl.behaviour import Vocabulary
+from rl.budget_settings import describe_budgets
 from rl.collection import Collected
+from rl.correction import Correction
 from rl.errors import BudgetRLError
 from rl.preflight import derived_plan
 from rl.settings import Settings
@@ -20,15 +24,27 @@ NO_ANSWER_SHARE = 0.9
 """Share of answers cut or without a readable answer from which a step of equal rewards shows a wrong setting, not a hard task."""
 
 
-def effective_correction(settings: Settings) -> str:
+def effective_correction(settings: Settings) -> Literal["none", "truncated", "replay"]:
     """`auto` is `replay` when sampling is shaped, else `none`; where it is not shaped the two are equal."""
     if settings.correction != "auto":
         return settings.correction
     return "replay" if settings.rollout.is_shaped else "none"
 
 
-def build_batch(groups: tuple[Group, ...], settings: Settings) -> tuple[TrainBatch, torch.Tensor, list[Scored]]:
-    """Advantages and packed training data of a step's scored members (unscored ones are left out of all statistics)."""
+def chosen_correction(settings: Settings) -> Correction:
+    """The settings of the correction, with `auto` decided."""
+    return Correction(
+        effective_correction(settings), settings.correction_cap, settings.correction_mask, settings.correction_bounds
+    )
+
+
+def build_batch(
+    groups: tuple[Group, ...], settings: Settings, vocabulary: Vocabulary | None = None
+) -> tuple[TrainBatch, torch.Tensor, list[Scored]]:
+    """Advantages and packed training data of a step's scored members (unscored ones are left out of all statistics).
+
+    ``vocabulary`` is needed where sampling has a reflection bias.
+    """
     members = [(g, m) for g, group in enumerate(groups) for m in group.members if m.reward is not None]
     scored = [m for _, m in members]
     group_N = torch.tensor([g for g, _ in members], dtype=torch.int64)
@@ -40,7 +56,13 @@ def build_batch(groups: tuple[Group, ...], settings: Settings) -> tuple[TrainBat
     ceiling_N = budget_ceiling(budget_N, max_length=settings.rollout.max_length, beta=settings.reward.beta)
     advantage_N = compute(reward_N, group_N, budget_N, ceiling_N.to(reward_N.dtype), settings.advantage).float()
     minibatch_N = group_N * settings.learner.minibatches // max(len(groups), 1)
-    batch = pack_rollouts([m.rollout for m in scored], advantage_N, minibatch_N, train_prefix=settings.learner.train_prefix)
+    batch = pack_rollouts(
+        [m.rollout for m in scored],
+        advantage_N,
+        minibatch_N,
+        train_prefix=settings.learner.train_prefix,
+        vocabulary=vocabulary,
+    )
     return batch, advantage_N, scored
 
 
@@ -112,7 +134,7 @@ def chosen_params(settings: Settings) -> dict[str, object]:
         "data.source": settings.data.source,
         "reward.method": settings.reward.method,
         "advantage.estimator": settings.advantage.estimator,
-        "rollout.budgets": settings.rollout.budgets,
+        "rollout.budgets": describe_budgets(settings.rollout.budgets),
         "rollout.max_length": settings.rollout.max_length,
         "learner.lr": settings.learner.lr,
         "learner.ranks": settings.learner.ranks,

@@ -132,7 +132,7 @@ def end_id(tokenizer: Any, end: str = END_OF_THINKING) -> int:
     if found is None or found == getattr(tokenizer, "unk_token_id", None):
         raise ConfigError(
             f"the vocabulary of this model has no token {end!r}, so a reflection bias would run on into the answer",
-            fix="use a model that thinks between <think> and </think>, or leave rollout.reflex out",
+            fix="set rollout.reflex.end to the token that ends this model's thinking, or leave rollout.reflex out",
         )
     return int(found)
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rl.errors import BudgetRLError, ConfigError
+from rl.errors import BudgetRLError
 from rl.rollout_settings import RolloutSettings
 from rl.types import Lease
 from rollout.parameters import to_extra_args
 from rollout.reflex import END_OF_THINKING
 
 START_OF_THINKING = "<think>"
-LOSSY = ("synthetic", "fly")
-"""Ways of verifying drafts that change the distribution."""
-V1_METHODS = ("ngram", "suffix", "custom_class")
-"""Drafting that vLLM 0.31 runs on its V1 model runner, which takes no logits processors beside it."""
 
 
 @dataclass(frozen=True)
@@ -33,48 +29,21 @@ def thinking_markers(tokenizer: Any) -> Markers:
     return Markers(start, end)
 
 
-def engine_options(settings: RolloutSettings, *, on_gpu: bool) -> dict[str, Any]:
-    """Keyword arguments of vLLM's engine for shaping, hard budgets and speculation; empty when none is used.
-
-    Raises ConfigError like :func:`check_speculative`.
-    """
+def engine_options(settings: RolloutSettings) -> dict[str, Any]:
+    """Keyword arguments of vLLM's engine for shaping, hard budgets and speculation; empty when none is used."""
     options: dict[str, Any] = {}
     if settings.reflex is not None:
         reflex = settings.reflex
         options["logits_processors"] = ["rollout.processor:ShapingProcessor"]
-        options["additional_config"] = {"budget_rl": {"words": list(reflex.words), "leading_space": reflex.leading_space}}
+        words = {"words": list(reflex.words), "leading_space": reflex.leading_space, "end": reflex.end}
+        options["additional_config"] = {"budget_rl": words}
     elif settings.adaptive is not None:
         options["logits_processors"] = ["rollout.processor:TemperatureProcessor"]
     if settings.hard_budgets:
         options["reasoning_config"] = {"reasoning_start_str": START_OF_THINKING, "reasoning_end_str": END_OF_THINKING}
     if settings.speculative is not None:
-        check_speculative(settings.speculative, shaped="logits_processors" in options, on_gpu=on_gpu)
         options["speculative_config"] = dict(settings.speculative)
     return options
-
-
-def check_speculative(speculative: Mapping[str, Any], *, shaped: bool, on_gpu: bool) -> None:
-    """Raise ConfigError for speculation that changes the distribution, or that vLLM cannot combine with our processors."""
-    if speculative.get("rejection_sample_method", "standard") in LOSSY:
-        raise ConfigError(
-            f"rollout.speculative.rejection_sample_method={speculative['rejection_sample_method']} accepts drafts that the model "
-            "would not have drawn, so importance ratios would be wrong",
-            fix="leave it out, or use block",
-        )
-    if not shaped:
-        return
-    method = speculative.get("method")
-    if not on_gpu:
-        raise ConfigError(
-            "rollout.speculative beside rollout.adaptive or rollout.reflex needs vLLM's V2 model runner, which runs on a GPU only",
-            fix="leave rollout.speculative out on a CPU",
-        )
-    if method in V1_METHODS:
-        raise ConfigError(
-            f"rollout.speculative.method={method} makes vLLM 0.31 use its V1 model runner, which takes no logits processors, so "
-            "rollout.adaptive and rollout.reflex could not work",
-            fix="use method eagle, eagle3, mtp, draft_model or dflash, or leave rollout.speculative out",
-        )
 
 
 def sampling_params(lease: Lease, *, stop_ids: Sequence[int], top_p: float = 1.0) -> Any:

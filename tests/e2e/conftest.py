@@ -11,8 +11,12 @@ import pytest
 
 from tests.e2e.runs import COMMON, RUN_DEADLINE_S, SMALL, Launched, Workplace, step_records
 
-REFERENCE = (*SMALL, "learner.lr=3e-5", "output.samples_per_step=32", "output.checkpoint_every=3", "output.keep_checkpoints=9")
-"""One engine, every rollout of a step written down: what runs that must be identical share."""
+REFERENCE = (
+    *SMALL, "learner.lr=3e-5", "output.samples_per_step=32", "output.checkpoint_every=3", "output.keep_checkpoints=9",
+    "rollout.adaptive={tau: 0.2}", "rollout.reflex={amplitude: 1.0, period: 20}",
+)  # fmt: skip
+"""One engine, sampling shaped by what the step before left, every rollout of a step written down: what runs that must be
+identical share."""
 REFERENCE_STEPS = 10
 UNREACHABLE = "http://127.0.0.1:9"
 """The discard port, where nothing listens."""

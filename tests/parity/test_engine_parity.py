@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,51 +13,18 @@ from rl.batch import pack_rollouts
 from rl.errors import BudgetRLError
 from rl.learner import Learner
 from rl.settings import RolloutSettings
-from rl.types import Lease, Rollout, WeightVersion
-from rl.waiting import wait_for
+from rl.types import Lease, Rollout
 from rollout.weights import WeightBundle, bundle_weights
 from tests.builders import make_lease
 from tests.parity.plain import load_plain, loss_tokens, perturb_, random_rollouts
+from tests.parity.serving import MAX_GAP, Served, start_engine
 
-DEADLINE_S = 180.0
-MAX_GAP = 1e-3
-"""Largest difference of a sampled token's log-prob between a float32 engine and the learner that rounding explains."""
 SETTINGS = RolloutSettings(max_length=48, max_concurrent=16, kv_cache_gb=0.1)
-MAX_PROMPT = 320
 MakeLearner = Callable[..., Learner]
 
 
-@dataclass
-class Served:
-    """An engine actor and the number of the next push."""
-
-    actor: Any
-    following: int = 1
-
-    def push(self, bundle: WeightBundle) -> WeightVersion:
-        return wait_for([self.actor.set_weights.remote(bundle)], seconds=DEADLINE_S, what="engine takes weights")[0]
-
-    def push_weights(self, weights: dict[str, torch.Tensor]) -> WeightVersion:
-        version = self.push(bundle_weights(weights.items(), self.following))
-        self.following += 1
-        return version
-
-    def generate(self, leases: Sequence[Lease]) -> list[Rollout]:
-        return wait_for([self.actor.generate.remote(list(leases))], seconds=DEADLINE_S, what="engine generates")[0]
-
-    def version(self) -> int:
-        return wait_for([self.actor.ping.remote()], seconds=DEADLINE_S, what="engine answers")[0]
-
-
-def _start(folder: Path) -> Served:
-    import ray
-
-    from rollout.actor import RolloutActor
-
-    options = ray.remote(RolloutActor).options(num_cpus=0.5, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
-    actor = options.remote(SETTINGS, dtype="float32", max_prompt_length=MAX_PROMPT, seed=0, trust_remote_code=False)
-    wait_for([actor.start.remote(str(folder))], seconds=DEADLINE_S, what="engine loads the model")
-    return Served(actor)
+def _start(folder: Path, settings: RolloutSettings = SETTINGS) -> Served:
+    return start_engine(folder, settings)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +59,9 @@ def _leases(count: int, *, prompt: int = 12, temperature: float = 1.0, min_versi
     return [
         replace(
             make_lease(prompt=r.lease.prompt, member=i, prefill_ids=r.lease.prefill_ids, temperature=temperature),
-            seed=1000 + i, max_new_tokens=SETTINGS.max_length - 3, min_version=min_version,
+            seed=1000 + i,
+            max_new_tokens=SETTINGS.max_length - 3,
+            min_version=min_version,
         )
         for i, r in enumerate(drawn)
     ]
@@ -107,7 +75,7 @@ def _learn(learner: Learner, rollouts: Sequence[Rollout]) -> dict[str, float]:
     """One update on the rollouts; its metrics hold the gap to the engine at the weights before the update."""
     advantage_N = torch.linspace(-1.0, 1.0, len(rollouts))
     batch = pack_rollouts(rollouts, advantage_N, torch.zeros(len(rollouts), dtype=torch.int64))
-    totals = learner.update(batch, objective="policy", global_tokens=loss_tokens(batch), total_updates=None)
+    totals = learner.update(batch, global_tokens=loss_tokens(batch), total_updates=None)
     assert totals["sum/mismatch_tokens"] == sum(len(r.logp_T) for r in rollouts) > 100
     return totals
 

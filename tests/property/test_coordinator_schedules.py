@@ -23,10 +23,11 @@ from rl.coordinator import (
     ScoresArrived,
     StepBegan,
     TicketState,
-    make_leases,
 )
+from rl.leases import make_leases
+from rl.schedule import group_of
 from rl.types import Lease, Shaping, VerdictStatus
-from tests.builders import make_budget, make_prompt, make_rollout, make_scored
+from tests.builders import make_opening, make_rollout, make_scored
 
 EDGES = {
     (TicketState.LEASED, TicketState.FINISHED),
@@ -65,6 +66,7 @@ class World:
             assert after is state or (state, after) in EDGES
         for instruction in instructions:
             self._take(instruction)
+        assert self.coordinator.busy_engines() == {generate.engine for generate in self.generating}
 
     def _take(self, instruction: Instruction) -> None:
         match instruction:
@@ -80,7 +82,8 @@ class World:
 
     def turn(self) -> None:
         """Something happens, chosen at random among what can."""
-        choices = [self.engine_answers] * 3 * bool(self.generating) + [self.scorer_answers] * 3 * bool(self.scoring)
+        choices = [self.engine_answers, self.engine_hands_over_a_group] * 2 * bool(self.generating)
+        choices += [self.scorer_answers] * 3 * bool(self.scoring)
         choices += [self.engine_dies] * bool(self.generating) + [self.scorer_dies] * bool(self.scoring and self.scorers)
         choices += [self.zombie_answers] * bool(self.zombies) + [self.answer_comes_again] * bool(self.sent)
         self.data.draw(st.sampled_from(choices))()
@@ -92,6 +95,16 @@ class World:
         if later:
             self.generating.append(Generate(generate.engine, later))
         self._answer(RolloutsArrived(tuple(make_rollout(lease) for lease in now)))
+
+    def engine_hands_over_a_group(self) -> None:
+        """An engine sends all it still owes of one prompt, as a streaming engine does, and goes on with the rest."""
+        generate = self._pop(self.generating)
+        group = group_of(self.data.draw(st.sampled_from(generate.leases)).ticket)
+        whole = [lease for lease in generate.leases if group_of(lease.ticket) == group]
+        rest = tuple(lease for lease in generate.leases if lease not in whole)
+        if rest:
+            self.generating.append(Generate(generate.engine, rest))
+        self._answer(RolloutsArrived(tuple(make_rollout(lease) for lease in whole)))
 
     def scorer_answers(self) -> None:
         score = self._pop(self.scoring)
@@ -138,10 +151,8 @@ class World:
 
 def _leases(data: st.DataObject, step: int) -> tuple[Lease, ...]:
     prompts, members = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
-    return make_leases(
-        [make_prompt(p) for p in range(prompts)], [make_budget()] * members, [[()] * members] * prompts,
-        step=step, run_seed=1, shaping=Shaping(), max_length=64, min_version=step,
-    )  # fmt: skip
+    groups = [[make_opening(p)] * members for p in range(prompts)]
+    return make_leases(groups, step=step, run_seed=1, shaping=Shaping(), min_version=step)
 
 
 def _play(world: World, leases: tuple[Lease, ...]) -> CloseStep:
@@ -196,7 +207,8 @@ def test_without_losses_nothing_is_lost_and_every_lease_is_issued_once(data: st.
     leases = _leases(data, 0)
     world.send(StepBegan(leases, tuple(range(engines))))
     while world.generating or world.scoring:
-        choices = [world.engine_answers] * bool(world.generating) + [world.scorer_answers] * bool(world.scoring)
+        choices = [world.engine_answers, world.engine_hands_over_a_group] * bool(world.generating)
+        choices += [world.scorer_answers] * bool(world.scoring)
         data.draw(st.sampled_from(choices))()
     (close,) = world.closes
     assert close.lost == ()
@@ -212,7 +224,8 @@ def test_one_lost_engine_costs_no_rollout(data: st.DataObject, engines: int) -> 
     world.send(StepBegan(leases, tuple(range(engines))))
     world.engine_dies()
     while world.generating or world.scoring:
-        choices = [world.engine_answers] * bool(world.generating) + [world.scorer_answers] * bool(world.scoring)
+        choices = [world.engine_answers, world.engine_hands_over_a_group] * bool(world.generating)
+        choices += [world.scorer_answers] * bool(world.scoring)
         choices += [world.zombie_answers] * bool(world.zombies)
         data.draw(st.sampled_from(choices))()
     (close,) = world.closes

@@ -16,24 +16,15 @@ from rl.coordinator import (
     ScorerLost,
     ScoresArrived,
     StepBegan,
-    make_leases,
-    ticket_seed,
 )
+from rl.leases import make_leases
 from rl.types import Lease, Shaping, VerdictStatus
-from tests.builders import make_budget, make_lease, make_prompt, make_rollout, make_scored
+from tests.builders import make_lease, make_opening, make_rollout, make_scored
 
 
 def _leases(prompts: int = 2, members: int = 2, *, step: int = 0) -> tuple[Lease, ...]:
-    return make_leases(
-        [make_prompt(p) for p in range(prompts)],
-        [make_budget()] * members,
-        [[()] * members] * prompts,
-        step=step,
-        run_seed=3,
-        shaping=Shaping(),
-        max_length=64,
-        min_version=step,
-    )
+    groups = [[make_opening(p)] * members for p in range(prompts)]
+    return make_leases(groups, step=step, run_seed=3, shaping=Shaping(), min_version=step)
 
 
 def _begun(*, engines: tuple[int, ...] = (0, 1)) -> tuple[Coordinator, list[Generate]]:
@@ -51,27 +42,6 @@ def _arrived(generate: Generate) -> RolloutsArrived:
 
 def _scored(score: Score) -> ScoresArrived:
     return ScoresArrived(tuple(make_scored(rollout) for rollout in score.rollouts))
-
-
-def test_leases_name_step_prompt_and_member_and_leave_room_for_the_prefill() -> None:
-    budgets = [make_budget(16), make_budget()]
-    leases = make_leases(
-        [make_prompt(0), make_prompt(1)], budgets, [[(7, 8, 9), (7,)]] * 2,
-        step=12, run_seed=0, shaping=Shaping(0.5), max_length=64, min_version=12,
-    )  # fmt: skip
-    assert [lease.ticket for lease in leases] == ["000012.0000.000", "000012.0000.001", "000012.0001.000", "000012.0001.001"]
-    assert [lease.member for lease in leases] == [0, 1, 0, 1]
-    assert [lease.budget.label for lease in leases] == ["16", "free", "16", "free"]
-    assert [lease.max_new_tokens for lease in leases] == [61, 63, 61, 63]
-    assert {(lease.min_version, lease.shaping.temperature, lease.attempt) for lease in leases} == {(12, 0.5, 0)}
-
-
-def test_the_seed_of_a_rollout_is_a_31_bit_number_that_each_part_of_its_name_changes() -> None:
-    seeds = [ticket_seed(1, 2, "q", 3), ticket_seed(0, 2, "q", 3), ticket_seed(1, 0, "q", 3), ticket_seed(1, 2, "r", 3)]
-    seeds.append(ticket_seed(1, 2, "q", 0))
-    assert len(set(seeds)) == 5
-    assert all(0 <= seed < 2**31 for seed in seeds)
-    assert ticket_seed(1, 2, "q", 3) == seeds[0]
 
 
 def test_the_seeds_do_not_depend_on_the_engines() -> None:
@@ -142,6 +112,36 @@ def test_a_second_loss_of_the_same_lease_is_final_although_engines_are_left() ->
     lost_on = coordinator.tickets[first.leases[0].ticket].engine
     coordinator.step(EngineLost(lost_on, "killed again", (2,)))
     assert coordinator.lost == [f"{lease.ticket}: killed again" for lease in first.leases]
+
+
+def test_what_a_lost_engine_owed_goes_to_the_engine_that_owes_least() -> None:
+    coordinator = Coordinator()
+    leases = tuple(make_lease(group=g, budget=tokens) for g, tokens in enumerate((60, 50, 10)))
+    generates = [i for i in coordinator.step(StepBegan(leases, (0, 1, 2))) if isinstance(i, Generate)]
+    assert [[lease.budget.tokens for lease in generate.leases] for generate in generates] == [[60], [50], [10]]
+    (again,) = coordinator.step(EngineLost(1, "killed", (0, 2)))
+    assert isinstance(again, Generate) and again.engine == 2
+
+
+def test_an_engine_is_busy_until_its_last_rollout_arrived_or_it_is_lost() -> None:
+    coordinator, (first, second) = _begun()
+    assert coordinator.busy_engines() == {0, 1}
+    one, other = _arrived(first).rollouts
+    coordinator.step(RolloutsArrived((one,)))
+    assert coordinator.busy_engines() == {0, 1}
+    coordinator.step(RolloutsArrived((other,)))
+    assert coordinator.busy_engines() == {1}
+    coordinator.step(EngineLost(1, "killed", (0,)))
+    assert coordinator.busy_engines() == {0}
+
+
+def test_each_group_is_scored_as_it_arrives_while_others_are_open() -> None:
+    coordinator, (generate,) = _begun(engines=(0,))
+    one, other = _arrived(generate).rollouts[:2], _arrived(generate).rollouts[2:]
+    assert coordinator.step(RolloutsArrived(one)) == [Score(one)]
+    assert coordinator.step(_scored(Score(one))) == []
+    assert coordinator.open_tickets() == [rollout.lease.ticket for rollout in other]
+    assert coordinator.step(RolloutsArrived(other)) == [Score(other)]
 
 
 def test_what_an_engine_finished_before_its_loss_is_kept() -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from rl.errors import BudgetRLError, ConfigError
+from rl.errors import BudgetRLError
 from rl.rollout_settings import AdaptiveSettings, ReflexSettings, RolloutSettings
 from rl.types import Budget, BudgetKind, Lease, Reflex
-from rollout.sampling import Markers, check_speculative, engine_options, forced_positions, sampling_params
+from rollout.sampling import Markers, engine_options, forced_positions, sampling_params
 from tests.builders import make_lease, make_prompt
 
 THINK, END = 90, 91
@@ -80,36 +80,37 @@ def test_a_request_carries_its_seed_cap_shaping_and_hard_budget() -> None:
 
 
 def test_an_engine_is_given_only_what_the_settings_use() -> None:
-    assert engine_options(RolloutSettings(), on_gpu=False) == {}
-    heated = engine_options(RolloutSettings(adaptive=AdaptiveSettings()), on_gpu=False)
+    assert engine_options(RolloutSettings()) == {}
+    heated = engine_options(RolloutSettings(adaptive=AdaptiveSettings()))
     assert heated == {"logits_processors": ["rollout.processor:TemperatureProcessor"]}
-    lifted = engine_options(RolloutSettings(adaptive=AdaptiveSettings(), reflex=ReflexSettings(words=["hm"])), on_gpu=False)
+    lifted = engine_options(RolloutSettings(adaptive=AdaptiveSettings(), reflex=ReflexSettings(words=["hm"])))
     assert lifted["logits_processors"] == ["rollout.processor:ShapingProcessor"]
-    assert lifted["additional_config"] == {"budget_rl": {"words": ["hm"], "leading_space": False}}
-    hard = engine_options(RolloutSettings(budgets=[64], hard_budgets=True), on_gpu=False)
+    assert lifted["additional_config"] == {"budget_rl": {"words": ["hm"], "leading_space": False, "end": "</think>"}}
+    hard = engine_options(RolloutSettings(budgets=[64], hard_budgets=True))
     assert hard == {"reasoning_config": {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"}}
 
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3}
+REFLEX = {"reflex": {}}
+GPU: dict[str, Any] = {"gpus_per_worker": 1}
 
 
 @pytest.mark.parametrize(
-    ("speculative", "shaped", "on_gpu", "message"),
+    ("settings", "message"),
     [
-        ({**NGRAM, "rejection_sample_method": "synthetic"}, False, True, "would not have drawn"),
-        ({**NGRAM, "rejection_sample_method": "fly"}, False, False, "would not have drawn"),
-        (NGRAM, True, False, "runs on a GPU only"),
-        (NGRAM, True, True, "method=ngram makes vLLM 0.31 use its V1 model runner"),
-        ({"method": "suffix"}, True, True, "method=suffix"),
+        ({"speculative": {**NGRAM, "rejection_sample_method": "synthetic"}, **GPU}, "would not have drawn"),
+        ({"speculative": {**NGRAM, "rejection_sample_method": "fly"}}, "would not have drawn"),
+        ({"speculative": NGRAM}, "needs a GPU"),
+        ({"speculative": NGRAM, **REFLEX, **GPU}, "method=ngram makes vLLM 0.31 use its V1 model runner"),
+        ({"speculative": {"method": "suffix"}, "adaptive": {}, **GPU}, "method=suffix"),
     ],
 )
-def test_speculation_that_cannot_work_or_is_lossy_is_refused(
-    speculative: dict[str, Any], shaped: bool, on_gpu: bool, message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        check_speculative(speculative, shaped=shaped, on_gpu=on_gpu)
+def test_speculation_that_cannot_work_or_is_lossy_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RolloutSettings(**settings)
 
 
 def test_speculation_that_works_is_passed_through() -> None:
-    assert engine_options(RolloutSettings(speculative=NGRAM), on_gpu=False) == {"speculative_config": NGRAM}
-    check_speculative({"method": "eagle3", "rejection_sample_method": "block"}, shaped=True, on_gpu=True)
+    assert engine_options(RolloutSettings(speculative=NGRAM, **GPU)) == {"speculative_config": NGRAM}
+    eagle = {"method": "eagle3", "rejection_sample_method": "block"}
+    RolloutSettings(speculative=eagle, **GPU, reflex=ReflexSettings())
