@@ -103,7 +103,7 @@ def _named_problem(detail: ErrorDetails, key: str) -> str:
         name, inner = next(iter(inner.items()))
         unknown = f"{unknown}.{name}"
     if (reason := UNREPLAYABLE.get(unknown.rpartition(".")[2])) is not None:
-        return f"{unknown} {reason}, which the learner cannot replay, so importance ratios would be wrong; leave it out in training"
+        return f"{unknown} {reason}, which the learner cannot replay: importance ratios would be wrong; leave it out in training"
     nearest = nearest_key(unknown)
     return f"unknown key {unknown}" + (f"; did you mean {nearest}?" if nearest else "")
 

@@ -181,8 +181,8 @@ def step_records(run: Path) -> list[dict[str, Any]]:
 
 
 def without_times(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A metrics line without what a clock measured."""
-    return {name: value for name, value in record.items() if not name.startswith(("time/", "rate/"))}
+    """A metrics line without what a clock measured and how the engines went about it."""
+    return {name: value for name, value in record.items() if not name.startswith(("time/", "rate/", "engine/"))}
 
 
 def mlflow_run(run: Path) -> Any:
