@@ -4,6 +4,7 @@
 #   make lint         ruff and pyright
 #   make gpu-test     the tests that need a GPU; see docs/gpu-checklist.md
 #   make bench-learning | bench-trl | bench-kernels   the learning benchmark; one RL step against TRL's GRPOTrainer; the kernels
+#   make bench-shaping      tokens per second with shaped sampling against without
 #   make bench-scheduling   longest responses first against the order of arrival, in one engine
 #   make docs         the documentation as a web site, in site/
 # Variables: PYTHON=python3.12, ARGS="max_steps=5" (quickstart, benchmarks), PYTEST_ARGS="-k budget -x" (test, gpu-test).
@@ -21,7 +22,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test gpu-test lint bench-learning bench-trl bench-kernels bench-scheduling docs
+.PHONY: help install quickstart test gpu-test lint bench-learning bench-trl bench-kernels bench-scheduling bench-shaping docs
 .DEFAULT_GOAL := help
 
 help:
@@ -54,6 +55,9 @@ bench-trl: install
 bench-kernels: install
 	@bash .ci/install trl
 	$(BIN)/python -m tests.benchmarks.kernels $(ARGS)
+
+bench-shaping: install
+	$(BIN)/python -m tests.benchmarks.shaping $(ARGS)
 
 bench-scheduling: install
 	$(BIN)/python -m tests.benchmarks.scheduling $(ARGS)
