@@ -9,14 +9,21 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from rl.budget_settings import describe_budgets
 from rl.errors import BudgetRLError
 from rl.manifest import MANIFEST_NAME, CheckpointError, latest, read_manifest, verify
 from rl.models import MODEL_SUFFIXES
+from rl.rollout_settings import RolloutSettings
+from rl.sampling_state import STATE_NAME, SamplingState, read_sampling
 from rl.types import Manifest
+from rollout.parameters import to_extra_args
+from rollout.sampling import engine_options
 
 log = logging.getLogger("budget_rl")
 
@@ -56,7 +63,8 @@ def export_checkpoint(checkpoint: Path, target: Path) -> Path:
             (staged / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / MODEL_PREFIX / name, staged / name)
         _complete_generation_config(staged)
-        (staged / "README.md").write_text(model_card(manifest, _run_metrics(folder)), encoding="utf-8")
+        card = model_card(manifest, _run_metrics(folder), trained_decoding(manifest, folder))
+        (staged / "README.md").write_text(card, encoding="utf-8")
         os.rename(staged, target)
     return target
 
@@ -73,8 +81,41 @@ def find_checkpoint(path: Path) -> Path:
     return newest
 
 
-def model_card(manifest: Manifest, metrics: Mapping[str, float]) -> str:
-    """README.md of an exported model: what was trained, how, and the run's evaluation figures.
+@dataclass(frozen=True)
+class Decoding:
+    """How vLLM's server decodes as training did: options to start it with, and keys of a request."""
+
+    options: str
+    keys: dict[str, Any]
+
+    def lines(self) -> list[str]:
+        """A section of a model card."""
+        return [
+            *("## Decoding as in training", "", "Answers were drawn with shaped logits."),
+            *("vLLM's server, with budget-rl beside it, does the same when it is started with", "", f"    {self.options}", ""),
+            *("and asked with these `vllm_xargs`:", "", "```json", json.dumps(self.keys, indent=2), "```", ""),
+        ]
+
+
+def trained_decoding(manifest: Manifest, folder: Path) -> Decoding | None:
+    """The shaping of the step after the checkpoint; None for plain sampling, or settings of a version that had no shaping."""
+    try:
+        rollout = RolloutSettings.model_validate(manifest.config.get("rollout", {}))
+    except ValidationError:
+        return None
+    state = read_sampling(folder) if STATE_NAME in manifest.files else SamplingState()
+    keys = to_extra_args(state.shaping(rollout))
+    if keys is None:
+        return None
+    engine = engine_options(rollout)
+    options = f"--logits-processors {engine['logits_processors'][0]}"
+    if "additional_config" in engine:
+        options += f" --additional-config '{json.dumps(engine['additional_config'])}'"
+    return Decoding(options, {name: round(value, 6) if isinstance(value, float) else value for name, value in keys.items()})
+
+
+def model_card(manifest: Manifest, metrics: Mapping[str, float], decoding: Decoding | None = None) -> str:
+    """README.md of an exported model: what was trained, how, the run's evaluation figures, and how it was decoded if specially.
 
     Only the settings named here are quoted, and local paths only by their last part, so nothing private leaves with the card.
     """
@@ -101,6 +142,7 @@ def model_card(manifest: Manifest, metrics: Mapping[str, float]) -> str:
     if metrics:
         lines += ["## Figures of the run at this step", "", "| metric | value |", "|---|---|"]
         lines += [*(f"| {name} | {value:.4g} |" for name, value in sorted(metrics.items())), ""]
+    lines += decoding.lines() if decoding is not None else []
     if _setting(manifest, "model.trust_remote_code"):
         revision = _setting(manifest, "model.revision")
         lines += [f"Loading needs `trust_remote_code=True`: the base model brings code, pinned at revision `{revision}`.", ""]

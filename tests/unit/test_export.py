@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from rl.export import ExportError, export_checkpoint
 from rl.manifest import CheckpointError, begin, commit
-from rl.settings import Settings
-from rl.types import Manifest, WeightVersion
+from rl.sampling_state import SamplingState
+from rl.settings import RolloutSettings, Settings
+from rl.types import Manifest, Reflex, WeightVersion
+from rollout.parameters import from_extra_args
 
 WORDS = ["<eos>", "<unk>", "<think>", "</think>", "7", "+", "5", "=", "12"]
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -100,6 +102,24 @@ def test_the_card_says_how_budgets_were_drawn(tmp_path: Path, model_folder: Path
     write_checkpoint(tmp_path / "run", 10, model_folder, config=config_of(rollout=rollout))
     card = (export_checkpoint(tmp_path / "run", tmp_path / "model") / "README.md").read_text()
     assert "| token budgets | 100 to 4000, uniform, one per prompt |" in card
+
+
+def test_the_card_says_how_to_decode_as_in_training(tmp_path: Path, model_folder: Path) -> None:
+    rollout = {"samples_per_prompt": 6, "adaptive": {"tau": 0.1}, "reflex": {"amplitude": 2.0, "words": ["hm"]}}
+    sampling = SamplingState()
+    sampling.learn(RolloutSettings(**rollout), [torch.tensor([0.5, 1.5, 0.01])])
+    write_checkpoint(
+        tmp_path / "run", 10, model_folder, config=config_of(rollout=rollout), state={"sampling": sampling.to_json()}
+    )
+    card = (export_checkpoint(tmp_path / "run", tmp_path / "model") / "README.md").read_text()
+    assert "--logits-processors rollout.processor:ShapingProcessor --additional-config" in card and '"words": ["hm"]' in card
+    keys = json.loads(card.split("```json")[1].split("```")[0])
+    assert from_extra_args(keys).reflex == Reflex(amplitude=2.0)
+    adaptive = from_extra_args(keys).adaptive
+    assert adaptive is not None and sampling.statistics is not None and adaptive.tau == 0.1
+    assert adaptive.statistics.pivot == pytest.approx(sampling.statistics.pivot, abs=1e-6)
+    write_checkpoint(tmp_path / "plain", 10, model_folder, config=config_of())
+    assert "Decoding" not in (export_checkpoint(tmp_path / "plain", tmp_path / "other") / "README.md").read_text()
 
 
 def test_the_card_gives_away_no_login_and_no_local_path(tmp_path: Path, model_folder: Path) -> None:
