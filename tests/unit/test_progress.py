@@ -63,6 +63,7 @@ def test_dropping_names_what_was_held_and_leaves_nothing_behind() -> None:
     groups.finish(make_rollout(two))
     assert groups.drop([two.ticket, "000000.0009.000", one.ticket]) == (two.ticket, one.ticket)
     assert groups.tickets() == (other.ticket,)
+    assert not groups.has_whole
     groups.add(one)  # a ticket that was dropped may come back
     groups.finish(make_rollout(one))
     assert _taken(groups) == [one.ticket]

@@ -47,11 +47,11 @@ def test_the_order_does_not_change_what_is_generated() -> None:
 
 
 def test_a_group_goes_whole_to_the_engine_with_the_least_to_do() -> None:
-    leases = [_lease(group, member, budget) for group, budget in enumerate((30, 5, 10, 20)) for member in range(2)]
+    leases = [_lease(group, member, budget) for group, budget in enumerate((20, 15, 10, 1)) for member in range(2)]
     shares = deal(leases, {0: 0, 1: 0})
     assert {engine: [lease.budget.tokens for lease in share] for engine, share in shares.items()} == {
-        0: [30, 30],
-        1: [5, 5, 10, 10, 20, 20],  # 30 tokens are on engine 1 when the last group is dealt, 60 on engine 0
+        0: [20, 20, 1, 1],  # 40 tokens are on engine 0 when the last group is dealt, 50 on engine 1
+        1: [15, 15, 10, 10],
     }
 
 
