@@ -15,7 +15,7 @@ from rl.errors import BudgetRLError
 from rl.leases import make_leases
 from rl.manifest import MANIFEST_NAME, read_manifest
 from rl.run_folder import replace_text
-from rl.sampling_state import STATE_NAME, SamplingState, evaluation_shaping, read_sampling
+from rl.sampling_state import SamplingState, evaluation_shaping, read_sampling
 from rl.settings import ModelSettings, Settings
 from rl.step_metrics import accuracy_and_tokens
 from rl.types import Prompt, Scored, VerdictStatus
@@ -71,6 +71,8 @@ def evaluate(
     shaping = evaluation_shaping(
         settings.rollout, sampling or SamplingState(), temperature=settings.eval.temperature, shaped=settings.eval.shaped
     )
+    if settings.eval.shaped and settings.rollout.adaptive is not None and shaping.adaptive is None:
+        log.warning("eval.shaped: there are no entropy statistics yet, so this evaluation draws at the base temperature")
     budgets = [plan.free, *(b for b in plan.levels(step) if not b.is_free)] if settings.eval.with_budgets else [plan.free]
     results = []
     for budget in budgets:
@@ -142,7 +144,7 @@ def run_evaluation(settings: Settings, *, target: Path) -> int:
                 with_budgets,
                 version=0,
                 step=trained_steps(target),
-                sampling=read_sampling(target) if (target / STATE_NAME).is_file() else None,
+                sampling=read_sampling(target),
                 stop=stop,
             )
     finally:

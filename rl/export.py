@@ -86,6 +86,8 @@ class Decoding:
     """How vLLM's server decodes as training did: options to start it with, and keys of a request."""
 
     options: str
+    temperature: float
+    opening: str
     keys: dict[str, Any]
 
     def lines(self) -> list[str]:
@@ -93,7 +95,8 @@ class Decoding:
         return [
             *("## Decoding as in training", "", "Answers were drawn with shaped logits."),
             *("vLLM's server, with budget-rl beside it, does the same when it is started with", "", f"    {self.options}", ""),
-            *("and asked with these `vllm_xargs`:", "", "```json", json.dumps(self.keys, indent=2), "```", ""),
+            *(f"and asked with temperature {self.temperature:g}, top_p 1, the prompt opened by `{self.opening}`,", ""),
+            *("and these `vllm_xargs`:", "", "```json", json.dumps(self.keys, indent=2), "```", ""),
         ]
 
 
@@ -108,10 +111,11 @@ def trained_decoding(manifest: Manifest, folder: Path) -> Decoding | None:
     if keys is None:
         return None
     engine = engine_options(rollout)
-    options = f"--logits-processors {engine['logits_processors'][0]}"
+    options = f"--generation-config vllm --logits-processors {engine['logits_processors'][0]}"
     if "additional_config" in engine:
         options += f" --additional-config '{json.dumps(engine['additional_config'])}'"
-    return Decoding(options, {name: round(value, 6) if isinstance(value, float) else value for name, value in keys.items()})
+    keys = {name: round(value, 6) if isinstance(value, float) else value for name, value in keys.items()}
+    return Decoding(options, rollout.temperature, rollout.free_template, keys)
 
 
 def model_card(manifest: Manifest, metrics: Mapping[str, float], decoding: Decoding | None = None) -> str:

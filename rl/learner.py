@@ -244,6 +244,7 @@ class Learner:
         """Gap between the engine's log-prob and the learner's at the same weights, and the entropies, of sampled tokens."""
         known_T = ~torch.isnan(micro.sampled_logp_T)
         gap_T = (scores.shaped.detach() - micro.sampled_logp_T)[known_T].abs()
+        gap_T = gap_T.nan_to_num(nan=math.inf)  # max() would pass over a NaN
         _add(totals, "sum/mismatch", float(gap_T.sum()))
         _add(totals, "sum/mismatch_tokens", int(known_T.sum()))
         if gap_T.numel():

@@ -13,8 +13,8 @@ REFLECTION_WORDS = ("wait", "Wait", "but", "But", "Alternatively")
 """The words of CyclicReflex (arXiv 2506.11077), looked up in the vocabulary as they stand here."""
 
 LOSSY_VERIFICATION = ("synthetic", "fly")
-"""Ways of verifying drafts that change the distribution."""
-V1_DRAFTING = ("ngram", "suffix", "custom_class")
+"""Ways of verifying drafts, of this or other versions of vLLM, that change the distribution."""
+V1_DRAFTING = ("ngram", "ngram_gpu", "suffix", "custom_class", "medusa", "mlp_speculator")
 """Drafting that vLLM 0.31 runs on its V1 model runner, which takes no logits processors beside it."""
 
 
@@ -75,7 +75,7 @@ class RolloutSettings(Section):
     budgets: BudgetSource = Field(default_factory=lambda: ["free"])
     """A list (increasing, `free` last; members are dealt evenly), or a section with `kind`: range, schedule or memory."""
     budget_kind: Literal["at_most", "exact"] = "at_most"
-    """Whether a budget is a cap or a target; metrics and rewards read it."""
+    """Whether a budget is a cap or a target; metrics and samples say how it was kept accordingly."""
     budget_place: Literal["prefill", "suffix", "none"] = "prefill"
     """Where the budget is said: opening the response, after the question, or nowhere (a hard budget needs no words)."""
     budget_template: str = "<think> I will answer the question with {budget} tokens"
@@ -115,7 +115,7 @@ class RolloutSettings(Section):
     `auto`: object_store; NCCL where tensor_parallel spreads an engine over several processes."""
 
     speculative: dict[str, Any] | None = None
-    """vLLM's speculative_config, passed through; see docs/speculative.md. Off by default."""
+    """vLLM's speculative_config, passed through; see docs/shaping.md. Off by default."""
     heartbeat_s: float = Field(default=120.0, gt=0)
     """Longest silence of an engine that has work; then it counts as lost."""
     order: Literal["longest_first", "arrival"] = "longest_first"
@@ -228,9 +228,12 @@ class RolloutSettings(Section):
             )
         if not speculative or (self.adaptive is None and self.reflex is None):
             return self
-        if speculative.get("method") in V1_DRAFTING:
+        method = speculative.get("method") or speculative.get("model")
+        if speculative.get("parallel_drafting") and method not in ("dflash", "dspark"):
+            method = "parallel_drafting"
+        if method in (*V1_DRAFTING, "parallel_drafting"):
             raise ValueError(
-                f"rollout.speculative.method={speculative['method']} makes vLLM 0.31 use its V1 model runner, which takes no "
+                f"rollout.speculative with {method} makes vLLM 0.31 use its V1 model runner, which takes no "
                 "logits processors, so rollout.adaptive and rollout.reflex could not work; use eagle, eagle3, mtp, draft_model "
                 "or dflash, or leave rollout.speculative out"
             )

@@ -256,6 +256,7 @@ class Run:
                 f"set advantage.centre=group (docs/stability.md)",
             )
         if m["mismatch/max"] > MISMATCH_LIMIT[self.settings.model.dtype]:
+            log.info("step %d: mismatch/max is %.1e nats", report.step, m["mismatch/max"])
             self.warn(
                 "mismatch",
                 f"engine and learner disagree by {m['mismatch/max']:.1e} nats at step {report.step}: ratios are biased; "

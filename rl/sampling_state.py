@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +16,8 @@ from rl.manifest import CheckpointError
 from rl.memory import PromptMemory
 from rl.rollout_settings import ReflexSettings, RolloutSettings
 from rl.types import AdaptiveTemperature, EntropyStatistics, Reflex, Shaping
+
+log = logging.getLogger("budget_rl")
 
 STATE_NAME = "state.json"
 """File of a checkpoint: the held-out figures for an export's card, and what the next step's sampling depends on."""
@@ -39,13 +42,18 @@ class SamplingState:
         """Take in the entropies of a step's sampled tokens, one float32 vector per rank; returns what to report of them."""
         if settings.adaptive is None or not sum(part.numel() for part in entropies):
             return {}
-        self.statistics = entropy_statistics(torch.cat(list(entropies)), rho=settings.adaptive.rho)
+        entropy_T = torch.cat(list(entropies))
+        if not bool(torch.isfinite(entropy_T).all()):
+            log.warning("the policy's entropies are not all finite; the next step keeps the statistics it had")
+            return {}
+        self.statistics = entropy_statistics(entropy_T, rho=settings.adaptive.rho)
         found = self.statistics
         return {
             "entropy/pivot": found.pivot,
             "entropy/spread": found.spread,
             "entropy/high": found.high,
             "entropy/low": found.low,
+            "entropy/deviation": found.deviation,
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -89,5 +97,5 @@ def read_sampling(checkpoint: Path) -> SamplingState:
         return SamplingState.from_json(json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8")).get("sampling", {}))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"{checkpoint / STATE_NAME} cannot be read: {error}", fix="resume from another checkpoint, or use resume=never"
+            f"{checkpoint / STATE_NAME} cannot be read: {error}", fix="use another checkpoint"
         ) from error

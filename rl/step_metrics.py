@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rl.types import Budget, Group, Scored, TrainBatch, VerdictStatus
+from rl.types import Budget, BudgetKind, Group, Scored, TrainBatch, VerdictStatus
 
 BUDGETS_SHOWN = 8
 """Most budgets of a step that are shown one by one."""
@@ -35,12 +35,23 @@ def rollout_metrics(groups: Sequence[Group], *, drawn: bool = False) -> dict[str
     asked = [float(m.rollout.lease.budget.tokens) for m in scored if not m.rollout.lease.budget.is_free]
     metrics |= {"train/budget": _mean(asked)} if drawn and asked else {}
     for label, chosen in budgets.items():
-        metrics |= {f"budget/{label}/{name}": value for name, value in accuracy_and_tokens(chosen).items()}
+        metrics |= {f"budget/{label}/{name}": value for name, value in (accuracy_and_tokens(chosen) | kept(chosen)).items()}
     for status in VerdictStatus:
         metrics[f"verdict/{status.value}"] = sum(m.verdict.status is status for m in members) / max(len(members), 1)
     rewards = [[m.reward.total for m in group.members if m.reward is not None] for group in groups]
     metrics["group/flat"] = sum(len(set(values)) < 2 for values in rewards) / max(len(rewards), 1)
     return metrics
+
+
+def kept(members: Sequence[Scored]) -> dict[str, float]:
+    """How soft budgets were kept: share within an AT_MOST one, mean distance in tokens from an EXACT one; absent for others.
+
+    A hard budget counts the thinking alone, and the engine keeps it.
+    """
+    soft = [(m.rollout.length, m.rollout.lease.budget) for m in members if not m.rollout.lease.budget.hard]
+    within = [float(length <= budget.tokens) for length, budget in soft if budget.kind is BudgetKind.AT_MOST]
+    distance = [float(abs(length - budget.tokens)) for length, budget in soft if budget.kind is BudgetKind.EXACT]
+    return ({"kept": _mean(within)} if within else {}) | ({"distance": _mean(distance)} if distance else {})
 
 
 def budget_labels(budgets: Iterable[Budget], *, binned: bool = False) -> dict[Budget, str]:

@@ -75,6 +75,7 @@ def sample_record(member: Scored, advantage: float) -> dict[str, object]:
         "gold": lease.prompt.answer,
         "answer": member.rollout.text,
         "budget": lease.budget.label,
+        "budget_kind": lease.budget.kind.value,
         "length": member.rollout.length,
         "verdict": member.verdict.status.value,
         "extracted": member.verdict.extracted,

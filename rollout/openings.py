@@ -11,8 +11,8 @@ from rl.errors import ConfigError
 from rl.prompts import PromptEncoder
 from rl.settings import RolloutSettings
 from rl.types import Budget, BudgetKind, Prompt
+from rollout.markers import END_THINK, THINK
 
-THINK, END_THINK = "<think>", "</think>"
 TAIL = 16  # tokens decoded to see how a prompt ends: enough where <think> and a few newlines are spelt in pieces
 
 
@@ -101,7 +101,7 @@ class Openings:
         marker that ends it, and the answer.
 
         L: `rollout.max_length`; p: tokens of the prefill; b: budget; s: tokens of prompt and prefill behind `<think>`, which the
-        engine counts as thinking; m: tokens of `</think>` (1 in most vocabularies); a: `rollout.answer_tokens`. All in tokens.
+        engine counts as thinking; m: tokens of `</think>`, 1; a: `rollout.answer_tokens`. All in tokens.
 
         Raises:
             ConfigError: nothing is left, for the response, for the thinking under a hard budget, or for the answer after it.
@@ -141,13 +141,21 @@ class Openings:
             ConfigError: it is not there.
         """
         think = self._encode(THINK, "the beginning of the thinking")
+        if len(think) != 1 or self.marker_length != 1:
+            raise ConfigError(
+                f"rollout.hard_budgets needs {THINK} and {END_THINK} as one token each; this vocabulary spells them in "
+                f"{len(think)} and {self.marker_length}, and vLLM 0.31 then ends the thinking at another place than the budget",
+                fix="set rollout.hard_budgets=false, or use a model that has both",
+            )
         ids = (*prompt_ids[-TAIL:], *prefill_ids)
         for start in range(len(ids) - len(think), -1, -1):
             if ids[start : start + len(think)] == think:
+                if self._encode(END_THINK, "the end of the thinking")[0] in ids[start:]:
+                    break
                 return len(ids) - start - len(think)
         raise ConfigError(
-            f"a hard budget counts from {THINK}, and this tokenizer spells it otherwise where the response is opened",
-            fix="set rollout.hard_budgets=false, or use a model whose vocabulary holds <think> as a token",
+            f"a hard budget counts from {THINK}, and where the response is opened there is none that {END_THINK} does not follow",
+            fix=f"let the opening hold {THINK} last, or set rollout.hard_budgets=false",
         )
 
     def _encode(self, text: str, what: str) -> tuple[int, ...]:

@@ -18,8 +18,10 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as LogitsProcessorV1
 from vllm.v1.sample.logits_processor import MoveDirectionality
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
+from rl.rollout_settings import REFLECTION_WORDS
+from rollout.markers import END_THINK
 from rollout.parameters import from_extra_args
-from rollout.reflex import END_OF_THINKING, end_id, reflection_ids
+from rollout.reflex import end_id, reflection_ids
 from rollout.slots import SlotNumbers, shape_rows_
 
 if TYPE_CHECKING:
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 
 CONFIG_KEY = "budget_rl"
 """Of vLLM's additional_config: ``{"budget_rl": {"words": [...], "leading_space": false, "end": "</think>"}}``."""
-WORDS = ("wait", "Wait", "but", "But", "Alternatively")
 
 
 class _Rows:
@@ -142,8 +143,8 @@ class _Slots:
         slots = sorted(set(self.entered))
         self.entered.clear()
         state, device = self.state, self.state.device
-        index = torch.tensor(slots, device=device)
-        numbers = self.numbers.host[slots].to(device, non_blocking=True)
+        index = _sent(torch.tensor(slots), device)
+        numbers = _sent(self.numbers.host[slots], device)
         self.numbers.device_copy[index] = numbers
         tokens = state.all_token_ids.gpu[index]
         place = torch.arange(tokens.shape[1], device=device)[None, :]
@@ -183,6 +184,11 @@ class _Slots:
         seen = ((context.input_ids == self.end) & (local > 0)).long().cumsum(dim=0)
         first = torch.arange(local.numel(), device=local.device) - local
         return seen - seen[first.clamp(min=0)] > 0
+
+
+def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the device; from pinned memory, so that the host does not wait for a GPU."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class TemperatureProcessor(LogitsProcessorV1, LogitsProcessorV2):
@@ -257,5 +263,5 @@ class ShapingProcessor(TemperatureProcessor):
             raise ValueError(
                 f"additional_config.{CONFIG_KEY} has unknown keys {sorted(unknown)}; it takes words, leading_space, end"
             )
-        ids = reflection_ids(tokenizer, chosen.get("words", WORDS), leading_space=bool(chosen.get("leading_space", False)))
-        return torch.tensor(ids, device=device), end_id(tokenizer, chosen.get("end", END_OF_THINKING))
+        ids = reflection_ids(tokenizer, chosen.get("words", REFLECTION_WORDS), leading_space=bool(chosen.get("leading_space", False)))
+        return torch.tensor(ids, device=device), end_id(tokenizer, chosen.get("end", END_THINK))

@@ -10,13 +10,13 @@ import torch
 
 from rl.errors import ConfigError
 from rl.types import Reflex
+from rollout.markers import END_THINK
 
 SILVER_CYCLE = 64
 """Tokens after which the silver schedule repeats."""
 COLUMNS = 7
 """Numbers of a reflex: kind, amplitude, period, shift, rate, first, last."""
 SCHEDULES = ("wave", "constant", "silver")
-END_OF_THINKING = "</think>"
 
 
 def triangular_wave(
@@ -123,7 +123,7 @@ def reflection_ids(tokenizer: Any, words: Sequence[str], *, leading_space: bool 
     return tuple(sorted(found_ids))
 
 
-def end_id(tokenizer: Any, end: str = END_OF_THINKING) -> int:
+def end_id(tokenizer: Any, end: str = END_THINK) -> int:
     """Id of the token that ends the thinking.
 
     Raises ConfigError where the vocabulary has none: the bias would then never stop.

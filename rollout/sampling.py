@@ -9,10 +9,8 @@ from typing import Any
 from rl.errors import BudgetRLError
 from rl.rollout_settings import RolloutSettings
 from rl.types import Lease
+from rollout.markers import END_THINK, THINK
 from rollout.parameters import to_extra_args
-from rollout.reflex import END_OF_THINKING
-
-START_OF_THINKING = "<think>"
 
 
 @dataclass(frozen=True)
@@ -24,8 +22,8 @@ class Markers:
 
 
 def thinking_markers(tokenizer: Any) -> Markers:
-    """The ids of ``<think>`` and ``</think>``, in pieces where the vocabulary does not know them."""
-    start, end = (tuple(tokenizer.encode(text, add_special_tokens=False)) for text in (START_OF_THINKING, END_OF_THINKING))
+    """The ids of ``<think>`` and ``</think>``; `rollout.openings` refuses hard budgets where one is more than a token."""
+    start, end = (tuple(tokenizer.encode(text, add_special_tokens=False)) for text in (THINK, END_THINK))
     return Markers(start, end)
 
 
@@ -40,7 +38,7 @@ def engine_options(settings: RolloutSettings) -> dict[str, Any]:
     elif settings.adaptive is not None:
         options["logits_processors"] = ["rollout.processor:TemperatureProcessor"]
     if settings.hard_budgets:
-        options["reasoning_config"] = {"reasoning_start_str": START_OF_THINKING, "reasoning_end_str": END_OF_THINKING}
+        options["reasoning_config"] = {"reasoning_start_str": THINK, "reasoning_end_str": END_THINK}
     if settings.speculative is not None:
         options["speculative_config"] = dict(settings.speculative)
     return options
@@ -67,10 +65,10 @@ def sampling_params(lease: Lease, *, stop_ids: Sequence[int], top_p: float = 1.0
 def forced_positions(lease: Lease, generated: Sequence[int], logp: Sequence[float], markers: Markers | None) -> tuple[int, ...]:
     """Positions in ``prefill + generated`` whose token a hard budget forced, increasing.
 
-    vLLM counts the tokens after the last ``<think>``, prompt and prefill included, and forces ``</think>`` once they are as many
-    as the budget. It hands a forced token back unmarked, with log-prob 0. Should the model open its thinking again, vLLM's count
-    starts anew; there an end marker of log-prob 0 is taken for forced, which costs nothing: a token of probability 1 has no
-    gradient.
+    vLLM counts the tokens after the last ``<think>`` of prompt and prefill and forces ``</think>`` once they are as many as the
+    budget. It hands a forced token back unmarked, with log-prob 0. Where the model writes ``<think>`` itself, inside its thinking
+    or after it, vLLM's two model runners count differently; there an end marker of log-prob 0 is taken for forced, which costs
+    nothing: a token of probability 1 has no gradient.
 
     Raises BudgetRLError when the engine did not force where the budget says, as it would under another way of counting.
     """
@@ -87,7 +85,10 @@ def forced_positions(lease: Lease, generated: Sequence[int], logp: Sequence[floa
     natural = _after_first(everything, markers.end, max(opened, len(before)))
     forced: list[int] = []
     closed_at = natural
-    if (natural is None or natural - len(markers.end) >= due) and due < len(everything):
+    reopened = _after_first(everything[:due], markers.start, max(opened, len(before))) is not None
+    if reopened:
+        closed_at = max(opened, len(before))  # from there on certain marks decide
+    elif (natural is None or natural - len(markers.end) >= due) and due < len(everything):
         # The cap may cut the marker short.
         expected = markers.end[: len(everything) - due]
         found = tuple(everything[due : due + len(expected)])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 from dataclasses import dataclass
@@ -53,6 +54,13 @@ def test_steps_after_a_resume_equal_those_of_the_uninterrupted_run(resumed: Resu
     assert [record["step"] for record in expected] == list(range(1, REFERENCE_STEPS + 1))
     assert [without_times(record) for record in step_records(resumed.run.folder)] == expected
     assert any(record["learn/grad_norm"] > 0 for record in expected[SAVED:])
+
+
+def test_the_resumed_run_was_drawn_at_temperatures_from_statistics_in_its_checkpoint(resumed: Resumed) -> None:
+    steps = step_records(resumed.run.folder)
+    assert all(math.isfinite(record["entropy/pivot"]) and 0 < record["mismatch/max"] < 1e-3 for record in steps)
+    state = json.loads((resumed.run.folder / "checkpoints" / f"step-{SAVED:06d}" / "state.json").read_text())
+    assert state["sampling"]["entropy_statistics"]["pivot"] == steps[SAVED - 1]["entropy/pivot"]
 
 
 def test_answers_after_a_resume_equal_those_of_the_uninterrupted_run(resumed: Resumed, reference: Finished) -> None:

@@ -45,6 +45,16 @@ def test_the_quickstart_trains_with_engine_and_learner_sharing_one_gpu(tmp_path:
     assert all(row["mismatch/mean"] < 1e-2 for row in rows)
 
 
+def test_shaped_sampling_on_vllms_second_model_runner_is_replayed_by_the_learner(tmp_path: Path) -> None:
+    rows = _train(
+        tmp_path,
+        *("rollout.workers=1", "rollout.gpus_per_worker=0.5", "rollout.gpu_memory_fraction=0.3", "learner.gpus_per_rank=0.5"),
+        *("rollout.adaptive={tau: 0.2}", "rollout.reflex={amplitude: 2.0, period: 20}"),
+    )
+    assert all(row["mismatch/mean"] < 1e-2 for row in rows)
+    assert "entropy/pivot" in rows[0]  # so the steps after the first were drawn at a temperature by entropy
+
+
 def test_weights_go_by_nccl_where_there_are_two_gpus(tmp_path: Path) -> None:
     if torch.cuda.device_count() < 2:
         pytest.fail("the NCCL push needs two GPUs; deselect this test on a machine with one")

@@ -12,11 +12,13 @@ import torch
 
 from launch.config import load_settings
 from rl.cluster import Workforce
+from rl.correction import Correction
 from rl.learner import Learner
 from rl.learner_worker import from_data_proto, to_data_proto
+from rl.replay import POLICY, Task
 from rl.types import TrainBatch
 from rl.waiting import wait_for
-from tests.parity.plain import Lengths, largest_gap, loss_tokens, random_batch
+from tests.parity.plain import Lengths, largest_gap, loss_tokens, random_batch, shaped_batch
 
 DEADLINE_S = 240.0
 TOLERANCE = 1e-5
@@ -32,6 +34,13 @@ def _batches() -> list[TrainBatch]:
     return [random_batch(UNEQUAL, minibatches=2), lone]
 
 
+def _steps() -> list[tuple[TrainBatch, Task]]:
+    """Those of :func:`_batches`, then one that was drawn with everything on and is replayed."""
+    batch, behaviour = shaped_batch(UNEQUAL, seed=2)
+    shaped = Task(correction=Correction("replay"), behaviour=behaviour, entropies=True)
+    return [*((plain, POLICY) for plain in _batches()), (batch, shaped)]
+
+
 class Group:
     """A worker group of ``ranks`` learners."""
 
@@ -42,9 +51,9 @@ class Group:
         refs = getattr(self.workforce.learners, method)(*arguments)
         return wait_for(refs, seconds=DEADLINE_S, what=f"learner ranks: {method}")
 
-    def update(self, batch: TrainBatch) -> list[dict[str, float]]:
+    def update(self, batch: TrainBatch, task: Task = POLICY) -> list[dict[str, Any]]:
         data = to_data_proto(batch, self.ranks)
-        data.meta_info["update"] = {"global_tokens": loss_tokens(batch), "total_updates": None}
+        data.meta_info["update"] = {"global_tokens": loss_tokens(batch), "total_updates": None, "task": task}
         return self.call("update", data)
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -71,27 +80,35 @@ def _group(folder: Path, *, ranks: int, stage: int) -> Iterator[Group]:
 
 
 @pytest.fixture
-def expected(make_learner: Callable[..., Learner]) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+def expected(make_learner: Callable[..., Learner]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """Weights and metrics of one rank, in this process."""
     learner = make_learner(minibatches=2, tokens_per_microbatch=128)
     metrics = [
-        learner.update(batch, global_tokens=loss_tokens(batch), total_updates=None) for batch in _batches()
+        learner.update(batch, global_tokens=loss_tokens(batch), total_updates=None, task=task) for batch, task in _steps()
     ]
     return dict(learner.named_weights()), metrics
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [(2, 2), (2, 3)])
 def test_two_ranks_make_the_updates_of_one(
-    ray_cluster: None, tiny_folder: Path, tmp_path: Path, expected: tuple[dict[str, torch.Tensor], list[dict[str, float]]],
+    ray_cluster: None, tiny_folder: Path, tmp_path: Path, expected: tuple[dict[str, torch.Tensor], list[dict[str, Any]]],
     ranks: int, stage: int,
 ) -> None:
     weights, metrics = expected
     with _group(tiny_folder, ranks=ranks, stage=stage) as group:
-        for batch, alone in zip(_batches(), metrics, strict=True):
-            totals = group.update(batch)
+        for (batch, task), alone in zip(_steps(), metrics, strict=True):
+            totals = group.update(batch, task)
             assert [t["same/grad_norm"] for t in totals] == pytest.approx([alone["same/grad_norm"]] * ranks, rel=1e-3)
             for name in ("sum/tokens", "sum/loss", "sum/entropy", "sum/mismatch_tokens"):
                 assert sum(t.get(name, 0.0) for t in totals) == pytest.approx(alone[name], rel=1e-3, abs=1e-2)
+            # Every rollout once, by its number in the whole batch, whichever rank had it.
+            lengths = [int(part.sum()) for part in batch.loss_mask_T.split(batch.start_N.diff().tolist())]
+            counted = torch.cat([t["rollout_N5"] for t in totals])[:, :2].int().tolist()
+            assert sorted(counted) == [[i, tokens] for i, tokens in enumerate(lengths)]
+            assert ("entropy_T" in alone) == task.entropies
+            if task.entropies:
+                entropies = torch.cat([t["entropy_T"] for t in totals]).tolist()
+                assert sorted(entropies) == pytest.approx(sorted(alone["entropy_T"].tolist()), abs=1e-3)
         assert largest_gap(group.weights(), weights) < TOLERANCE
         # What was saved by all ranks together is where the next update starts from.
         group.call("save", str(tmp_path))

@@ -50,6 +50,13 @@ def _check_rows(
     v2 = slots.processor.apply(torch.cat([raw[id(r)] for r in order]), context)
     again = slots.processor.apply(torch.cat([raw[id(r)] for r in order]), context)
     assert torch.equal(v2, again)  # a second call in the same step changes nothing
+    cut = random.randrange(len(order) + 1)  # large steps are handed over in parts, whole requests each
+    parts = [
+        slots.processor.apply(torch.cat([raw[id(r)] for r in part]), slots.context(part, drafts))
+        for part in (order[:cut], order[cut:])
+        if part
+    ]
+    assert torch.equal(v2, torch.cat(parts))
     start = 0
     for request in order:
         found = v2[start : start + len(raw[id(request)])]

@@ -103,14 +103,18 @@ def test_a_file_composes_its_neighbour(tmp_path: Path) -> None:
     assert load_settings(write(tmp_path / "a.yaml", "defaults: [base]\nlearner: {lr: 0.5}\n")).learner.lr == 0.5
 
 
-@pytest.mark.parametrize("recipe", ["grpo", "dapo", "hbpo"])
+REWARD_OF = {"hapo_temperature": "correct", "cyclicreflex": "correct", "grpo": "correct", "hbpo_shaped": "hbpo"}
+
+
+@pytest.mark.parametrize("recipe", ["grpo", "dapo", "hbpo", "hapo_temperature", "cyclicreflex", "hbpo_shaped"])
 def test_a_recipe_changes_only_the_method_of_the_quickstart(recipe: str) -> None:
     method = ("reward", "advantage", "loss", "correction")
     base = load_settings(PACKAGED / "quickstart.yaml").model_dump()
     found = load_settings(PACKAGED / "recipes" / f"{recipe}.yaml").model_dump()
-    assert found["reward"]["method"] == {"grpo": "correct"}.get(recipe, recipe)
+    assert found["reward"]["method"] == REWARD_OF.get(recipe, recipe)
     for settings in (base, found):
         del settings["rollout"]["budgets"], settings["learner"]["train_prefix"]
+        del settings["rollout"]["adaptive"], settings["rollout"]["reflex"], settings["eval"]["shaped"]
         for section in method:
             del settings[section]
     assert found == base

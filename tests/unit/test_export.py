@@ -105,7 +105,8 @@ def test_the_card_says_how_budgets_were_drawn(tmp_path: Path, model_folder: Path
 
 
 def test_the_card_says_how_to_decode_as_in_training(tmp_path: Path, model_folder: Path) -> None:
-    rollout = {"samples_per_prompt": 6, "adaptive": {"tau": 0.1}, "reflex": {"amplitude": 2.0, "words": ["hm"]}}
+    reflex = {"amplitude": 2.0, "words": ["hm"]}
+    rollout = {"samples_per_prompt": 6, "temperature": 0.7, "adaptive": {"tau": 0.1}, "reflex": reflex}
     sampling = SamplingState()
     sampling.learn(RolloutSettings(**rollout), [torch.tensor([0.5, 1.5, 0.01])])
     write_checkpoint(
@@ -113,6 +114,7 @@ def test_the_card_says_how_to_decode_as_in_training(tmp_path: Path, model_folder
     )
     card = (export_checkpoint(tmp_path / "run", tmp_path / "model") / "README.md").read_text()
     assert "--logits-processors rollout.processor:ShapingProcessor --additional-config" in card and '"words": ["hm"]' in card
+    assert "temperature 0.7, top_p 1, the prompt opened by `<think>`" in card
     keys = json.loads(card.split("```json")[1].split("```")[0])
     assert from_extra_args(keys).reflex == Reflex(amplitude=2.0)
     adaptive = from_extra_args(keys).adaptive

@@ -180,10 +180,11 @@ def test_tokens_behind_the_think_of_a_chat_template_are_thinking_too() -> None:
     assert opening.max_new_tokens == 63 + 1 + 8  # the newline is one of the 64
 
 
-def test_a_marker_of_several_tokens_is_counted_whole() -> None:
+def test_markers_of_several_tokens_are_refused_for_a_hard_budget_which_the_engine_would_miscount() -> None:
     settings = RolloutSettings.model_validate({"budgets": [64], "max_length": 160, "answer_tokens": 5, **HARD})
     said = Openings(settings, characters())
-    assert said.max_new_tokens(said.budget(64), (), said.prefill_ids(said.budget(64), ())) == 64 + len("</think>") + 5
+    with pytest.raises(ConfigError, match="as one token each; this vocabulary spells them in 7 and 8"):
+        said.max_new_tokens(said.budget(64), (), said.prefill_ids(said.budget(64), ()))
 
 
 def test_a_hard_budget_that_its_own_sentence_uses_up_is_refused() -> None:
@@ -202,8 +203,11 @@ def test_a_hard_budget_leaves_at_least_one_token_for_the_answer() -> None:
 
 def test_a_hard_budget_needs_its_think_where_the_engine_looks_for_it() -> None:
     said = openings(**HARD)
-    with pytest.raises(ConfigError, match="spells it otherwise where the response is opened"):
+    with pytest.raises(ConfigError, match="there is none that </think> does not follow"):
         said.max_new_tokens(said.budget(64), prompt_of().token_ids, ())
+    think, end = tiny_tokenizer().convert_tokens_to_ids(["<think>", "</think>"])
+    with pytest.raises(ConfigError, match="does not follow"):
+        said.max_new_tokens(said.budget(64), (think,), (end,))
 
 
 def test_words_behind_a_question_without_an_encoder_are_a_programming_error() -> None:

@@ -50,6 +50,11 @@ def test_a_second_thinking_that_was_cut_is_seen_by_its_certain_mark() -> None:
     assert _forced(_lease(3), generated, certain=[2]) == (4,)
 
 
+def test_a_think_inside_the_thinking_is_left_to_certain_marks_for_model_runners_count_it_differently() -> None:
+    assert _forced(_lease(3), [THINK, 8, END, 9], certain=[2]) == (4,)  # counted from the first
+    assert _forced(_lease(3), [THINK, 8, 9, 7, END], certain=[4]) == (6,)  # counted from the second
+
+
 def test_a_mark_of_several_tokens_is_forced_as_a_whole_and_may_be_cut_by_the_cap() -> None:
     markers = Markers((THINK,), (91, 92))
     assert forced_positions(_lease(2), [7, 91, 92, 5], [-1.0, 0.0, 0.0, -1.0], markers) == (3, 4)
@@ -101,8 +106,11 @@ GPU: dict[str, Any] = {"gpus_per_worker": 1}
         ({"speculative": {**NGRAM, "rejection_sample_method": "synthetic"}, **GPU}, "would not have drawn"),
         ({"speculative": {**NGRAM, "rejection_sample_method": "fly"}}, "would not have drawn"),
         ({"speculative": NGRAM}, "needs a GPU"),
-        ({"speculative": NGRAM, **REFLEX, **GPU}, "method=ngram makes vLLM 0.31 use its V1 model runner"),
-        ({"speculative": {"method": "suffix"}, "adaptive": {}, **GPU}, "method=suffix"),
+        ({"speculative": NGRAM, **REFLEX, **GPU}, "with ngram makes vLLM 0.31 use its V1 model runner"),
+        ({"speculative": {"method": "suffix"}, "adaptive": {}, **GPU}, "with suffix makes"),
+        ({"speculative": {"model": "ngram"}, "adaptive": {}, **GPU}, "with ngram makes"),
+        ({"speculative": {"method": "medusa"}, "adaptive": {}, **GPU}, "with medusa makes"),
+        ({"speculative": {"method": "eagle3", "parallel_drafting": True}, "adaptive": {}, **GPU}, "parallel_drafting makes"),
     ],
 )
 def test_speculation_that_cannot_work_or_is_lossy_is_refused(settings: dict[str, Any], message: str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from rl.batch import pack_rollouts
-from rl.step_metrics import accuracy_and_tokens, advantage_metrics, budget_labels, learner_metrics, octave, rollout_metrics
-from rl.types import Group, VerdictStatus
+from rl.step_metrics import accuracy_and_tokens, advantage_metrics, budget_labels, kept, learner_metrics, octave, rollout_metrics
+from rl.types import Budget, BudgetKind, Group, Scored, VerdictStatus
 from tests.builders import make_budget, make_group, make_lease, make_prompt, make_rollout, make_scored
 
 
@@ -35,6 +36,7 @@ def test_rollout_metrics_of_a_small_step() -> None:
             "reward/correct": 2 / 3,
             "budget/8/accuracy": 1.0,
             "budget/8/tokens": 2.0,
+            "budget/8/distance": 6.0,
             "budget/free/accuracy": 0.5,
             "budget/free/tokens": 3.5,
             "verdict/correct": 0.5,
@@ -147,3 +149,16 @@ def test_figures_that_were_not_computed_are_left_out_rather_than_zero() -> None:
     assert not {"learn/grad_norm", "policy/kl", "policy/correction_weight"} & metrics.keys()
     full = learner_metrics([RANK_0 | {"sum/kl": 6.0, "sum/correction_weight": 33.0}])
     assert full["policy/kl"] == pytest.approx(0.2) and full["policy/correction_weight"] == pytest.approx(1.1)
+
+
+def test_soft_budgets_say_how_they_were_kept_and_hard_ones_do_not() -> None:
+    """Two answers of 2 tokens each: within 2, over 1, and 30 away from 32."""
+
+    def answer(tokens: int, kind: BudgetKind, *, hard: bool = False) -> Scored:
+        lease = replace(make_lease(), budget=Budget(tokens, kind, "", hard=hard))
+        return make_scored(make_rollout(lease))
+
+    at_most = [answer(2, BudgetKind.AT_MOST), answer(1, BudgetKind.AT_MOST), answer(1, BudgetKind.AT_MOST, hard=True)]
+    assert kept(at_most) == {"kept": 0.5}
+    assert kept([answer(32, BudgetKind.EXACT)]) == {"distance": 30.0}
+    assert kept([answer(0, BudgetKind.FREE)]) == {}

@@ -171,6 +171,7 @@ def test_a_sample_shows_question_answer_verdict_and_reward_parts() -> None:
         "gold": "3",
         "answer": "<think> 7",
         "budget": "16",
+        "budget_kind": "exact",
         "length": 3,
         "verdict": "wrong",
         "extracted": "7",
