@@ -1,7 +1,7 @@
 """Counts what an engine does, from its finished requests and, where it lives in this process, from vLLM's scheduler.
 
 vLLM's own statistics (``disable_log_stats=False`` and `LLM.get_metrics`) would tell the same, but they make generation with the
-quickstart's model 4 to 5 % slower (64 requests, 100 steps of 3.6 ms); reading the scheduler costs under a microsecond a step.
+quickstart's model 3 to 5 % slower (64 requests, 100 steps of 4 ms); reading the scheduler costs under a microsecond a step.
 An engine spread over several processes has its scheduler in another one: there, what only the scheduler knows stays None.
 """
 
