@@ -44,6 +44,7 @@ def _check_rows(
 ) -> None:
     drafts = {id(r): [random.choice((5, vocabulary.end)) for _ in range(random.randrange(DRAFTS + 1))] for r in present}
     raw = {id(r): torch.randn(1 + len(drafts[id(r)]), TOKENS, generator=generator) * 3 for r in present}
+    raw |= {id(r): torch.randn(1, TOKENS, generator=generator) for r in rows.rows if id(r) not in raw}
     v1 = rows.processor.apply(torch.stack([raw[id(r)][0] for r in rows.rows]))
     order = random.sample(present, len(present))
     context = slots.context(order, drafts)
@@ -100,9 +101,11 @@ def test_a_thousand_random_schedules_never_mix_requests_and_both_interfaces_agre
             running += entering
             if not running:
                 continue
-            _check_rows(running, rows, slots, random, vocabulary, generator)
+            # Some sit out: V1 has a row of them all the same, V2 has none.
+            scheduled = random.sample(running, random.randrange(1, len(running) + 1))
+            _check_rows(scheduled, rows, slots, random, vocabulary, generator)
             shaped += sum(r.shaping.reflex is not None for r in running)
-            for request in running:
+            for request in scheduled:
                 accepted = [random.choice((5, 6, 7, vocabulary.end if random.random() < 0.2 else 8))
                             for _ in range(random.randrange(1, DRAFTS + 2))]  # fmt: skip
                 request.output += accepted
