@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ from rl.learner_worker import from_data_proto, to_data_proto
 from rl.replay import POLICY, Task
 from rl.types import TrainBatch
 from rl.waiting import wait_for
-from tests.parity.plain import Lengths, largest_gap, loss_tokens, random_batch, shaped_batch
+from tests.parity.plain import HEATED, Lengths, largest_gap, loss_tokens, random_batch, shaped_batch
 
 DEADLINE_S = 240.0
 TOLERANCE = 1e-5
-"""Largest difference of a weight after four AdamW steps of 1e-3; measured: 1e-7 under ZeRO-2, 6e-7 under ZeRO-3."""
+"""Largest difference of a weight after six AdamW steps of 1e-3; measured: 1e-7 under ZeRO-2, 2e-6 under ZeRO-3."""
 UNEQUAL: Lengths = [(5, 3, 90), (8, 0, 7), (3, 2, 1), (6, 4, 31), (4, 0, 22), (7, 3, 13), (5, 1, 60)]
 """Four rollouts of the first mini-batch, three of the second; one rank's share needs more micro-batches of 128 tokens."""
+NARROW = replace(HEATED, statistics=replace(HEATED.statistics, pivot=1.6, high=0.015, low=-0.03))
+"""For a model whose log entropies are 1.598 +- 0.007 by then: factors that differ from token to token."""
 
 
 def _batches() -> list[TrainBatch]:
@@ -36,7 +39,7 @@ def _batches() -> list[TrainBatch]:
 
 def _steps() -> list[tuple[TrainBatch, Task]]:
     """Those of :func:`_batches`, then one that was drawn with everything on and is replayed."""
-    batch, behaviour = shaped_batch(UNEQUAL, seed=2)
+    batch, behaviour = shaped_batch(UNEQUAL, seed=2, adaptive=NARROW)
     shaped = Task(correction=Correction("replay"), behaviour=behaviour, entropies=True)
     return [*((plain, POLICY) for plain in _batches()), (batch, shaped)]
 
