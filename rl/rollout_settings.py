@@ -34,14 +34,14 @@ class ReflexSettings(Section):
 
     schedule: Literal["wave", "constant", "silver"] = "wave"
     """`wave`: triangular, rising first. `constant`: `amplitude` at every token (TIP: -3). `silver`: powers of `rate`."""
-    amplitude: float = Field(default=3.0, ge=-100, le=100)
-    """Nats added to the words' logits: height of the wave, or the constant."""
+    amplitude: float = Field(default=1.0, ge=-100, le=100)
+    """Nats added to the words' logits: height of the wave, or the constant; `silver` has none. Above 2, ratios are clipped."""
     period: float = Field(default=600.0, gt=0)
-    """Tokens of one wave."""
+    """Tokens of one wave; other schedules have none."""
     shift: float = Field(default=0.0, ge=0, le=1)
     """Phase at the first token, as a share of the period."""
-    rate: float = Field(default=1.5, gt=0, le=10)
-    """Base of the `silver` schedule."""
+    rate: float = Field(default=1.5, gt=0, le=3)
+    """Base of the `silver` schedule, whose largest bias is rate^4."""
     first: int = Field(default=0, ge=0)
     """Generated tokens before the bias begins."""
     last: Positive | None = None
@@ -132,7 +132,8 @@ class RolloutSettings(Section):
         if budgets.count("free") > 1 or ("free" in budgets and budgets[-1] != "free"):
             raise ValueError(f"rollout.budgets {budgets}: put `free` once, at the end")
         if any(a >= b for a, b in zip(numbers, numbers[1:], strict=False)):
-            raise ValueError(f"rollout.budgets {budgets} must increase; write {sorted(set(numbers))}")
+            free = ["free"] if "free" in budgets else []
+            raise ValueError(f"rollout.budgets {budgets} must increase; write {[*sorted(set(numbers)), *free]}")
         return budgets
 
     @field_validator("budget_template")
@@ -146,6 +147,13 @@ class RolloutSettings(Section):
     def has_listed_budgets(self) -> bool:
         """Whether every step has the same few budgets; else each step has its own."""
         return isinstance(self.budgets, list)
+
+    @field_validator("free_template")
+    @classmethod
+    def _no_budget(cls, template: str) -> str:
+        if "{budget}" in template:
+            raise ValueError(f"rollout.free_template {template!r} opens responses that say no budget; leave {{budget}} out of it")
+        return template
 
     @property
     def is_shaped(self) -> bool:
@@ -176,7 +184,8 @@ class RolloutSettings(Section):
         if largest is not None and largest > self.max_length:
             raise ValueError(
                 f"rollout.budgets: {largest} is above rollout.max_length={self.max_length}; "
-                f"raise max_length to {largest} or more, or drop that budget"
+                f"raise max_length to {largest} or more, "
+                + ("or drop that budget" if isinstance(self.budgets, list) else f"or lower it in kind: {self.budgets.kind}")
             )
         if isinstance(self.budgets, list) and self.samples_per_prompt % len(self.budgets):
             k = len(self.budgets)
@@ -184,6 +193,20 @@ class RolloutSettings(Section):
             raise ValueError(
                 f"rollout.samples_per_prompt={self.samples_per_prompt} cannot be dealt evenly over {k} budgets; "
                 f"use {' or '.join(str(n) for n in (low, low + k) if n)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reflects(self) -> RolloutSettings:
+        reflex, longest = self.reflex, self.max_length
+        if reflex is not None and reflex.first >= longest:
+            raise ValueError(
+                f"rollout.reflex.first={reflex.first} is not below rollout.max_length={longest}, so nothing would be biased"
+            )
+        if reflex is not None and reflex.schedule == "wave" and reflex.period > 2 * longest:
+            raise ValueError(
+                f"rollout.reflex.period={reflex.period:g}: inside rollout.max_length={longest} such a wave only ever lifts; "
+                f"use a period of {longest} or less, or schedule=constant"
             )
         return self
 

@@ -149,7 +149,7 @@ class EvalSettings(Section):
     with_budgets: bool = False
     """Also evaluate under each budget of rollout.budgets."""
     shaped: bool = False
-    """Decode with rollout.adaptive and rollout.reflex as in training, instead of plainly."""
+    """Decode with rollout.adaptive and rollout.reflex as in training, on top of eval.temperature, instead of plainly."""
     temperature: float = Field(default=1.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
 
@@ -220,7 +220,7 @@ class Settings(Section):
     correction: Literal["auto", "none", "truncated", "replay"] = "auto"
     """Off-policy correction. `auto`: `replay` when sampling is shaped, else `none`. `none`: ratio pi_new/pi_old at temperature 1.
     `truncated`: the same times min(C, pi_old/mu_engine). `replay`: ratio of the shaped probabilities."""
-    correction_cap: float = Field(default=2.0, gt=0)
+    correction_cap: float = Field(default=2.0, ge=1)
     """C of `truncated`: largest weight pi_old / mu_engine."""
     correction_mask: Literal["none", "sequence", "geometric"] = "none"
     """`truncated`: leave out rollouts whose ratio pi_old / mu_engine is out of bounds: the product over the rollout's tokens
@@ -260,6 +260,12 @@ class Settings(Section):
                 "advantage.estimator=hierarchical compares members of one budget, and with per=member each has its own; "
                 "set per=prompt in rollout.budgets, or advantage.estimator=group_normalised"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluates_shaped(self) -> Settings:
+        if self.eval.shaped and self.rollout.adaptive is None and self.rollout.reflex is None:
+            raise ValueError("eval.shaped draws with rollout.adaptive and rollout.reflex; set one of them, or leave it out")
         return self
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ import pytest
 
 from rl.errors import BudgetRLError
 from rl.rollout_settings import AdaptiveSettings, ReflexSettings, RolloutSettings
+from rl.settings import Settings
 from rl.types import Budget, BudgetKind, Lease, Reflex
 from rollout.sampling import Markers, engine_options, forced_positions, sampling_params
 from tests.builders import make_lease, make_prompt
@@ -122,3 +123,33 @@ def test_speculation_that_works_is_passed_through() -> None:
     assert engine_options(RolloutSettings(speculative=NGRAM, **GPU)) == {"speculative_config": NGRAM}
     eagle = {"method": "eagle3", "rejection_sample_method": "block"}
     RolloutSettings(speculative=eagle, **GPU, reflex=ReflexSettings())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"reflex": {"first": 160}, "max_length": 160}, "first=160 is not below rollout.max_length=160"),
+        ({"reflex": {}, "max_length": 160}, "period=600: inside rollout.max_length=160 such a wave only ever lifts"),
+        ({"free_template": "<think> {budget}"}, "leave {budget} out"),
+        ({"budgets": [64, 32, "free"]}, r"write \[32, 64, 'free'\]"),
+        ({"reflex": {"amplitude": -1.0}}, "use shift=0.5"),
+        ({"reflex": {"first": 9, "last": 9}}, "nothing would be biased"),
+        ({"budgets": [64], "budget_place": "none"}, "tells nobody the budget"),
+        ({"answer_tokens": 9}, "comes after a hard budget"),
+        ({"hard_budgets": True}, "no budget to enforce"),
+        ({"budgets": [4096], "hard_budgets": True}, "leaves no answer"),
+    ],
+)
+def test_settings_that_could_not_do_what_they_say_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RolloutSettings(**settings)
+
+
+def test_evaluating_as_in_training_needs_a_shaping() -> None:
+    minimal = {"model": {"path": "m"}, "data": {"source": "d.jsonl"}, "max_steps": 1}
+    with pytest.raises(ValueError, match="eval.shaped draws with"):
+        Settings.model_validate({**minimal, "eval": {"shaped": True}})
+    with pytest.raises(ValueError, match="only correction=truncated uses"):
+        Settings.model_validate({**minimal, "correction_mask": "sequence"})
+    with pytest.raises(ValueError, match="must lie around 1"):
+        Settings.model_validate({**minimal, "correction": "truncated", "correction_bounds": [1.5, 2.0]})

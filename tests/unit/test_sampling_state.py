@@ -15,7 +15,7 @@ from rl.types import Reflex, Shaping
 from tests.builders import make_group
 
 HOT = AdaptiveSettings(form="literal", tau=0.1)
-ADAPTIVE = RolloutSettings(temperature=0.9, adaptive=HOT, reflex=ReflexSettings(period=40.0))
+ADAPTIVE = RolloutSettings(temperature=0.9, adaptive=HOT, reflex=ReflexSettings(amplitude=3.0, period=40.0))
 
 
 def _learnt() -> SamplingState:
