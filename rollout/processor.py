@@ -263,5 +263,6 @@ class ShapingProcessor(TemperatureProcessor):
             raise ValueError(
                 f"additional_config.{CONFIG_KEY} has unknown keys {sorted(unknown)}; it takes words, leading_space, end"
             )
-        ids = reflection_ids(tokenizer, chosen.get("words", REFLECTION_WORDS), leading_space=bool(chosen.get("leading_space", False)))
+        words, spaced = chosen.get("words", REFLECTION_WORDS), bool(chosen.get("leading_space", False))
+        ids = reflection_ids(tokenizer, words, leading_space=spaced)
         return torch.tensor(ids, device=device), end_id(tokenizer, chosen.get("end", END_THINK))

@@ -21,8 +21,8 @@ EVERY_STEP = {
     "rate/tokens_per_s", "tokens/total", "prompts/dropped",
 }  # fmt: skip
 SAMPLE_FIELDS = {
-    "step", "ticket", "prompt", "gold", "answer", "budget", "budget_kind", "length", "verdict", "extracted", "reward", "advantage",
-    "finish",
+    "step", "ticket", "prompt", "gold", "answer", "budget", "budget_kind", "length", "verdict", "extracted", "reward",
+    "advantage", "finish",
 }  # fmt: skip
 OWN_LINES = (
     r"output   ", r"version  ", r"model    ", r"data     ", r"method   ", r"warm start", r"step \d+: held-out accuracy",
