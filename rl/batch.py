@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,7 +46,7 @@ def pack_rollouts(
         forced = set(rollout.forced)
         kept = [place not in forced for place in range(prefill, rollout.length)]
         mask += [False] * len(prompt) + [train_prefix] * prefill + kept
-        drawn = [_known(logp) if keep else float("nan") for logp, keep in zip(rollout.logp_T, kept, strict=True)]
+        drawn = [logp if keep else float("nan") for logp, keep in zip(rollout.logp_T, kept, strict=True)]
         sampled += [float("nan")] * (len(prompt) + prefill) + drawn
         bias += [torch.zeros(len(prompt) + prefill), replayed_bias(rollout, vocabulary)]
     start_N = torch.tensor(starts, dtype=torch.int64)
@@ -66,11 +65,6 @@ def pack_rollouts(
         bias_T=torch.cat(bias),
         index_N=torch.arange(len(rollouts)),
     )
-
-
-def _known(logp: float) -> float:
-    """NaN stands for a token that was not sampled; an engine that says NaN of one it sampled must not look like that."""
-    return float("-inf") if math.isnan(logp) else logp
 
 
 def unpack_tokens(batch: TrainBatch) -> list[list[int]]:

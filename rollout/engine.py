@@ -53,6 +53,11 @@ def end_of_sequence_ids(folder: Path) -> list[int]:
     return []
 
 
+def _known(logp: float) -> float:
+    """NaN stands for a token that was not sampled, so an engine whose numbers broke must not say it of one that was."""
+    return -math.inf if math.isnan(logp) else logp
+
+
 class Engine:
     """A vLLM engine that serves one model folder with the run's sampling settings."""
 
@@ -254,7 +259,7 @@ class Engine:
         finish = FinishReason.LENGTH if completion.finish_reason == "length" else FinishReason.STOP
         flat = completion.logprobs
         # logprobs=0 gives exactly the sampled token per position.
-        logp = tuple(flat.logprobs[start] for start in flat.start_indices)
+        logp = tuple(_known(flat.logprobs[start]) for start in flat.start_indices)
         return Rollout(
             lease=lease,
             response_ids=ids,
