@@ -21,7 +21,7 @@ from tests.parity.serving import MAX_GAP, VOCABULARY, Served, largest_gap, start
 
 SETTINGS = RolloutSettings(
     max_length=64, max_concurrent=16, kv_cache_gb=0.1, budgets=[32], hard_budgets=True,
-    adaptive=AdaptiveSettings(), reflex=ReflexSettings(),
+    adaptive=AdaptiveSettings(), reflex=ReflexSettings(period=20.0),
 )  # fmt: skip
 STATISTICS = EntropyStatistics(pivot=0.9, spread=1.0, high=0.6, low=-3.0, deviation=0.5, tokens=1000)
 HEATED = AdaptiveTemperature(STATISTICS, tau=0.3)
