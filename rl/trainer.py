@@ -15,7 +15,7 @@ from rl.cluster import Workforce, check_cluster, connect, disconnect
 from rl.console import Console, redirect_library_chatter
 from rl.evaluation import special_tokens
 from rl.figures import draw_curves, write_table
-from rl.preflight import check_memory, estimate_memory, planned_shape
+from rl.memory_estimate import check_memory, estimate_memory, planned_shape
 from rl.preparation import Inputs, Prepared, find_inputs, prepare_run
 from rl.run import Run
 from rl.run_folder import RunFolder

@@ -18,7 +18,7 @@ from rl.memory import PromptMemory
 from rl.prompts import PromptEncoder
 from rl.settings import RolloutSettings
 from rl.types import Budget, Prompt
-from rollout.openings import Opening, Openings
+from rollout.openings import MARKER, Opening, Openings
 
 SPELT = 20_000
 """Budgets of a range that are spelt to find the longest words; a wider range is looked at in even steps."""
@@ -140,7 +140,7 @@ class BudgetPlan:
         largest = self.openings.budget(settings.max_length)
         prefill = self.openings.prefill_ids(largest, ())
         before_thinking = len(prefill) - self.openings.thinking_begun((), prefill)
-        return settings.max_length - before_thinking - self.openings.marker_length - 1
+        return settings.max_length - before_thinking - MARKER - 1
 
 
 def _dealt(levels: tuple[Budget, ...], samples: int) -> list[Budget]:

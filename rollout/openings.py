@@ -13,6 +13,8 @@ from rl.settings import RolloutSettings
 from rl.types import Budget, BudgetKind, Prompt
 from rollout.markers import END_THINK, THINK
 
+MARKER = 1
+"""Tokens of `<think>` and of `</think>` where a budget is hard; other vocabularies are refused."""
 TAIL = 16  # tokens decoded to see how a prompt ends: enough where <think> and a few newlines are spelt in pieces
 
 
@@ -121,18 +123,13 @@ class Openings:
                 f"a hard budget of {budget.tokens} tokens is used up by the {begun} tokens of its opening behind {THINK}",
                 fix=f"let the smallest of rollout.budgets be {begun + 1} or more, or set rollout.budget_place=suffix",
             )
-        closed = budget.tokens - begun + self.marker_length
+        closed = budget.tokens - begun + MARKER
         if closed >= room:
             raise ConfigError(
                 f"rollout.max_length={longest} leaves no room for an answer after a hard budget of {budget.tokens} tokens",
                 fix=f"raise rollout.max_length to {longest + closed - room + 1} or more, or lower the largest of rollout.budgets",
             )
         return room if answer is None else min(room, closed + answer)
-
-    @property
-    def marker_length(self) -> int:
-        """Tokens of `</think>`."""
-        return len(self._encode(END_THINK, "the end of the thinking"))
 
     def thinking_begun(self, prompt_ids: Sequence[int], prefill_ids: Sequence[int]) -> int:
         """Tokens behind the last `<think>` of prompt and prefill, found by its ids as the engine finds it.
@@ -141,16 +138,17 @@ class Openings:
             ConfigError: it is not there.
         """
         think = self._encode(THINK, "the beginning of the thinking")
-        if len(think) != 1 or self.marker_length != 1:
+        end = self._encode(END_THINK, "the end of the thinking")
+        if len(think) != MARKER or len(end) != MARKER:
             raise ConfigError(
                 f"rollout.hard_budgets needs {THINK} and {END_THINK} as one token each; this vocabulary spells them in "
-                f"{len(think)} and {self.marker_length}, and vLLM 0.31 then ends the thinking at another place than the budget",
+                f"{len(think)} and {len(end)}, and vLLM 0.31 then ends the thinking at another place than the budget",
                 fix="set rollout.hard_budgets=false, or use a model that has both",
             )
         ids = (*prompt_ids[-TAIL:], *prefill_ids)
         for start in range(len(ids) - len(think), -1, -1):
             if ids[start : start + len(think)] == think:
-                if self._encode(END_THINK, "the end of the thinking")[0] in ids[start:]:
+                if end[0] in ids[start:]:
                     break
                 return len(ids) - start - len(think)
         raise ConfigError(

@@ -93,7 +93,7 @@ def reflection_ids(tokenizer: Any, words: Sequence[str], *, leading_space: bool 
     Raises ConfigError naming the words that are missing, or that the vocabulary maps to its unknown token.
     """
     vocabulary = tokenizer.get_vocab()
-    unknown = getattr(tokenizer, "unk_token_id", None)
+    unknown = tokenizer.unk_token_id
 
     def find(key: str) -> int | None:
         found = vocabulary.get(key)
@@ -129,7 +129,7 @@ def end_id(tokenizer: Any, end: str = END_THINK) -> int:
     Raises ConfigError where the vocabulary has none: the bias would then never stop.
     """
     found = tokenizer.get_vocab().get(end)
-    if found is None or found == getattr(tokenizer, "unk_token_id", None):
+    if found is None or found == tokenizer.unk_token_id:
         raise ConfigError(
             f"the vocabulary of this model has no token {end!r}, so a reflection bias would run on into the answer",
             fix="set rollout.reflex.end to the token that ends this model's thinking, or leave rollout.reflex out",

@@ -134,6 +134,15 @@ def test_replay_keeps_the_temperature_and_bias_of_the_old_policy(
         assert largest_gap(other.weights(), plain.weights()) > 5 * TOLERANCE
 
 
+def _truncated(folder: Path, minibatches: int, epochs: int) -> tuple[TrainBatch, Task, PlainLearner]:
+    """A batch with gaps between engine and learner, the truncated and masked task, and the obvious form after its update."""
+    batch, task = _batch(minibatches)
+    batch = _with_gaps(batch, folder)
+    plain = PlainLearner(folder, lr=LR, cap=CAP, bounds=BOUNDS)
+    plain.update(batch, epochs=epochs)
+    return batch, replace(task, correction=Correction("truncated", cap=CAP, mask="geometric", bounds=BOUNDS)), plain
+
+
 # -- truncated -----------------------------------------------------------------------------------------------------------
 
 
@@ -141,11 +150,7 @@ def test_replay_keeps_the_temperature_and_bias_of_the_old_policy(
 def test_a_rejected_rollout_has_no_gradient_but_counts_in_the_token_mean(
     make_learner: MakeLearner, sharp_folder: Path, minibatches: int, epochs: int
 ) -> None:
-    batch, task = _batch(minibatches)
-    batch = _with_gaps(batch, sharp_folder)
-    task = replace(task, correction=Correction("truncated", cap=CAP, mask="geometric", bounds=BOUNDS))
-    plain = PlainLearner(sharp_folder, lr=LR, cap=CAP, bounds=BOUNDS)
-    plain.update(batch, epochs=epochs)
+    batch, task, plain = _truncated(sharp_folder, minibatches, epochs)
     learner = make_learner(folder=sharp_folder, minibatches=minibatches, epochs=epochs)
     totals = _update(learner, batch, task)
     assert totals["sum/tokens"] == epochs * sum(loss_tokens(batch))
@@ -165,11 +170,7 @@ def test_a_rejected_rollout_has_no_gradient_but_counts_in_the_token_mean(
 def test_each_pass_counts_what_was_clipped_capped_and_rejected_of_each_rollout(
     make_learner: MakeLearner, sharp_folder: Path, minibatches: int, epochs: int
 ) -> None:
-    batch, task = _batch(minibatches)
-    batch = _with_gaps(batch, sharp_folder)
-    task = replace(task, correction=Correction("truncated", cap=CAP, mask="geometric", bounds=BOUNDS))
-    plain = PlainLearner(sharp_folder, lr=LR, cap=CAP, bounds=BOUNDS)
-    plain.update(batch, epochs=epochs)
+    batch, task, plain = _truncated(sharp_folder, minibatches, epochs)
     learner = make_learner(folder=sharp_folder, minibatches=minibatches, epochs=epochs)
     totals = _update(learner, batch, task)
     rows = _rows(totals)

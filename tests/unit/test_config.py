@@ -103,41 +103,6 @@ def test_a_file_composes_its_neighbour(tmp_path: Path) -> None:
     assert load_settings(write(tmp_path / "a.yaml", "defaults: [base]\nlearner: {lr: 0.5}\n")).learner.lr == 0.5
 
 
-REWARD_OF = {"hapo_temperature": "correct", "cyclicreflex": "correct", "grpo": "correct", "hbpo_shaped": "hbpo"}
-
-
-@pytest.mark.parametrize("recipe", ["grpo", "dapo", "hbpo", "hapo_temperature", "cyclicreflex", "hbpo_shaped"])
-def test_a_recipe_changes_only_the_method_of_the_quickstart(recipe: str) -> None:
-    method = ("reward", "advantage", "loss", "correction")
-    base = load_settings(PACKAGED / "quickstart.yaml").model_dump()
-    found = load_settings(PACKAGED / "recipes" / f"{recipe}.yaml").model_dump()
-    assert found["reward"]["method"] == REWARD_OF.get(recipe, recipe)
-    for settings in (base, found):
-        del settings["rollout"]["budgets"], settings["learner"]["train_prefix"]
-        del settings["rollout"]["adaptive"], settings["rollout"]["reflex"], settings["eval"]["shaped"]
-        for section in method:
-            del settings[section]
-    assert found == base
-
-
-def test_the_hbpo_recipe_is_the_form_of_the_paper() -> None:
-    settings = load_settings(PACKAGED / "recipes" / "hbpo.yaml")
-    advantage = settings.advantage
-    assert (advantage.estimator, advantage.intra_coef, advantage.intra_scale, advantage.centre) == (
-        "hierarchical",
-        1.0,
-        "none",
-        "none",
-    )
-    assert (settings.reward.form, settings.reward.beta, settings.reward.alpha) == ("piecewise", 4.0, None)
-    assert (settings.loss.clip_low, settings.loss.clip_high) == (0.2, 0.28)
-
-
-def test_the_dapo_recipe_keeps_its_overlong_buffer_inside_the_response() -> None:
-    settings = load_settings(PACKAGED / "recipes" / "dapo.yaml")
-    assert 0 < settings.reward.overlong_buffer < settings.rollout.max_length
-
-
 @pytest.mark.parametrize("name", sorted(file.stem for file in (PACKAGED / "hardware").glob("*.yaml")))
 def test_a_hardware_profile_lies_over_any_file_and_under_overrides(config: Path, name: str) -> None:
     profile = yaml.safe_load((PACKAGED / "hardware" / f"{name}.yaml").read_text(encoding="utf-8"))

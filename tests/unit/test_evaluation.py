@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from rl.collection import Collected
 from rl.embedded import build_tiny, tiny_tokenizer
@@ -12,8 +13,9 @@ from rl.evaluation import EvalResult, evaluate, evaluated_model, trained_steps
 from rl.manifest import begin, commit
 from rl.models import at_folder, local_folder
 from rl.prompts import PromptEncoder, load_tokenizer
+from rl.sampling_state import SamplingState
 from rl.settings import ModelSettings, Settings, WarmStartSettings
-from rl.types import Group, Lease, Manifest, Prompt, WeightVersion
+from rl.types import Group, Lease, Manifest, Prompt, Shaping, WeightVersion
 from rollout.budgets import BudgetPlan
 from tests.builders import make_prompt, make_rollout, make_scored
 
@@ -107,6 +109,25 @@ def test_held_out_problems_are_asked_without_a_budget_and_under_a_few_of_the_sou
     words = ["", *(f" I will answer with {label} tokens" for label in labels[1:])]
     assert asked == [f"4 + 3 ={said}" for said in words for _ in range(2)]
     assert {(lease.ticket, lease.min_version) for lease in collector.leases} == {(f"999999.0000.00{m}", 9) for m in range(2)}
+
+
+@pytest.mark.parametrize(("shaped", "learnt"), [(False, True), (True, True), (True, False)])
+def test_an_evaluation_draws_as_in_training_only_when_it_is_asked_to(
+    shaped: bool, learnt: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    rollout = {"max_length": 160, "adaptive": {"tau": 0.1}, "reflex": {"period": 40.0}}
+    base = {"model": {"path": "org/name"}, "data": {"source": "x.json"}, "max_steps": 1}
+    settings = Settings.model_validate({**base, "rollout": rollout, "eval": {"samples": 1, "shaped": shaped, "temperature": 0.6}})
+    state = SamplingState()
+    if learnt:
+        state.learn(settings.rollout, [torch.tensor([0.5, 1.5, 0.01])])
+    collector = _Collector()
+    plan = BudgetPlan(settings.rollout, tiny_tokenizer())
+    evaluate(collector, plan, [make_prompt(0)], settings, version=0, sampling=state)  # pyright: ignore[reportArgumentType]
+    (lease,) = collector.leases
+    expected = state.shaping(settings.rollout) if shaped else Shaping()
+    assert lease.shaping == Shaping(0.6, expected.adaptive, expected.reflex)
+    assert ("no entropy statistics yet" in caplog.text) == (shaped and not learnt)
 
 
 def test_only_a_checkpoint_says_after_how_many_steps_its_schedule_stands(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Derived sizes, resource and memory checks of rl/preflight.py against values worked by hand."""
+"""Derived sizes, resource and memory checks of rl/preflight.py and rl/memory_estimate.py against values worked by hand."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from rich.console import Console
 
 from launch.plan_tables import batch_table
 from rl.errors import ConfigError, ModelError
-from rl.preflight import (
+from rl.memory_estimate import (
     GB,
     PROCESS_BYTES,
     ActorMemory,
     MemoryEstimate,
     check_memory,
-    check_resources,
-    derived_plan,
     estimate_memory,
     planned_shape,
     read_model_shape,
 )
+from rl.preflight import check_resources, derived_plan
 from rl.settings import Settings
 
 N = 1_000_000
