@@ -87,6 +87,27 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--public", action="store_true", help="make the pushed repository public")
     export.set_defaults(run=_export)
 
+    zoo = commands.add_parser("zoo", help="train several recipes from one start with equal tokens, and draw them in one picture")
+    zoo.add_argument(
+        "--recipes", required=True, metavar="A,B,...", help="names in configs/recipes, paths of .yaml files, all, base"
+    )
+    zoo.add_argument("--config", type=Path, required=True, help="what the recipes are laid over, such as configs/quickstart.yaml")
+    zoo.add_argument("--max-tokens", type=int, metavar="N", help="response tokens for each recipe; else max_steps decides")
+    zoo.add_argument("--output", type=Path, metavar="DIR", help="folder of the zoo (default: ~/budget-rl/zoo-CONFIG)")
+    zoo.add_argument("--dry-run", action="store_true", help="check every recipe, show what would be trained, and stop")
+    zoo.add_argument("overrides", nargs="*", metavar="a.b=c", help=f"for every recipe: {OVERRIDES_HELP}")
+    zoo.set_defaults(run=_zoo)
+
+    check = commands.add_parser("reward-check", help="try a reward function of your own before a run depends on it")
+    check.add_argument("function", metavar="FILE.py:NAME", help="or package.module:NAME, in TRL's or verl's convention")
+    rows = check.add_mutually_exclusive_group()
+    rows.add_argument("--data", metavar="SOURCE", help="questions to try it on: a file, or reasoning_gym:TASK; else a few sums")
+    rows.add_argument("--config", type=Path, help="take the data, and what reward.functions says of it, from a configuration")
+    check.add_argument("--convention", choices=("auto", "trl", "verl"), help="as in reward.functions")
+    check.add_argument("--samples", type=int, default=4, metavar="N", help="questions to try it on (default 4)")
+    check.add_argument("--deadline-s", type=float, metavar="S", help="longest time for one call (default 30)")
+    check.set_defaults(run=_reward_check)
+
     submit = commands.add_parser("submit", help="run a configuration as a job on the Ray cluster of this machine")
     submit.add_argument("config", type=Path, metavar="CONFIG")
     submit.add_argument("overrides", nargs="*", metavar="a.b=c", help=OVERRIDES_HELP)
@@ -154,6 +175,33 @@ def _export(options: argparse.Namespace) -> int:
     if options.push:
         print(f"pushed to {push_folder(folder, options.push, private=not options.public)}")
     return 0
+
+
+def _zoo(options: argparse.Namespace) -> int:
+    from launch.zoo_recipes import plan_zoo
+
+    plan = plan_zoo(options.config, options.recipes, options.overrides, output=options.output, max_tokens=options.max_tokens)
+    if options.dry_run:
+        from launch.plan_tables import show_zoo
+
+        show_zoo(plan)
+        return 0
+    from launch.zoo import run_zoo
+
+    return run_zoo(plan)
+
+
+def _reward_check(options: argparse.Namespace) -> int:
+    from launch.reward_check import run_reward_check
+
+    return run_reward_check(
+        options.function,
+        config=options.config,
+        data=options.data,
+        convention=options.convention,
+        samples=options.samples,
+        deadline_s=options.deadline_s,
+    )
 
 
 def _submit(options: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -27,6 +28,10 @@ UNREPLAYABLE = {
 """Sampling options that users of vLLM know, and what each does to the distribution that tokens are drawn from."""
 
 
+MANY_NAMES = 12
+"""Up to so many names are all shown."""
+
+
 def explain_validation(error: ValidationError, data: Mapping[str, Any]) -> str:
     """One indented line per problem, in the order of the settings; ``data`` is what was validated."""
     unions: dict[str, list[str]] = {}
@@ -38,7 +43,7 @@ def explain_validation(error: ValidationError, data: Mapping[str, Any]) -> str:
             continue
         # A value that fits no branch of a union has one finding per branch: they are one problem.
         expected = unions.setdefault(key, [])
-        expected.append(_expected(detail["msg"]))
+        expected.append(_expected(detail["msg"]) if detail["type"] != "literal_error" else _names(detail))
         # A dict keeps first insertion order, so a repeated key stays in its place.
         lines[f"{key}:type"] = f"{key}={detail['input']!r}: expected {' or '.join(dict.fromkeys(expected))}"
     return "\n".join(f"  - {line}" for line in lines.values())
@@ -106,6 +111,16 @@ def _named_problem(detail: ErrorDetails, key: str) -> str:
         return f"{unknown} {reason}, which the learner cannot replay: importance ratios would be wrong; leave it out in training"
     nearest = nearest_key(unknown)
     return f"unknown key {unknown}" + (f"; did you mean {nearest}?" if nearest else "")
+
+
+def _names(detail: ErrorDetails) -> str:
+    """The names that are allowed; of many only the nearest, with how many there are."""
+    names = re.findall(r"'([^']*)'", detail["msg"])
+    if len(names) <= MANY_NAMES:
+        return _expected(detail["msg"])
+    close = difflib.get_close_matches(str(detail["input"]), names, n=3)
+    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return f"one of {len(names)} names, which docs/configuration.md lists or refers to{hint}"
 
 
 def _expected(message: str) -> str:

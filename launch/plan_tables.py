@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import yaml
 from rich.console import Console
 from rich.table import Table
 
 from launch.config import resolved_yaml
+from launch.zoo_recipes import ZooPlan
+from rl.budget_settings import describe_budgets
 from rl.preflight import Plan, check_resources, derived_plan
 from rl.redaction import redact_tree
 from rl.settings import Settings
@@ -27,6 +30,20 @@ def show_plan(settings: Settings, console: Console | None = None) -> None:
     cores = os.cpu_count() or 1
     if plan.cpus > cores + 1e-6:
         console.print(f"this machine has {cores} cores: the plan needs a larger Ray cluster or lower shares")
+
+
+def show_zoo(zoo: ZooPlan, console: Console | None = None) -> None:
+    """Print what a zoo would train: the folder, the allowance and one row per recipe."""
+    console = console or Console(width=None if sys.stdout.isatty() else 130, highlight=False)
+    console.print(f"{zoo.output}: each recipe {zoo.allowance:,} response tokens", markup=False, soft_wrap=True)
+    table = Table("recipe", "reward", "advantage", "budgets", "rollouts per step", "steps at most", "evaluated every")
+    for name, settings in ((recipe.name, recipe.settings) for recipe in zoo.recipes):
+        method = (settings.reward.method, settings.advantage.estimator, describe_budgets(settings.rollout.budgets))
+        rollouts = derived_plan(settings).rollouts_per_step
+        table.add_row(name, *method, str(rollouts), str(settings.max_steps), f"{settings.eval.every} steps")
+    console.print(table)
+    for note in zoo.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
 def batch_table(plan: Plan) -> Table:

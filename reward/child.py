@@ -1,7 +1,8 @@
 """The grader child process: ``python -m reward.child``; one JSON object per line in, one per line out.
 
-In:  ``{"id", "grader", "answer", "gold", "entry", "options"}``, the last two JSON texts.
-Out: first ``{"ready": true}``, then per task ``{"id", "status": "correct" | "wrong" | "crashed", "evidence"}``.
+In:  ``{"id", "grader", "answer", "golds", "entry", "options"}``, the last two JSON texts.
+Out: first ``{"ready": true, "refused": [...]}``, the second being what the kernel refused of its confinement, then per task
+     ``{"id", "status": "correct" | "wrong" | "malformed" | "crashed", "evidence"}``.
 It may hang, die or be killed at any time; reward/pool.py copes. It imports neither torch nor rl.types, to start fast.
 """
 
@@ -10,26 +11,17 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import math
 import os
-import resource
-import signal
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from reward.graders import Grader, preload
+from reward.confinement import allow_processor_time, confine, end_with_parent, limit_resources
+from reward.graders import preload
+from reward.grading import Grader, MalformedAnswer
 
-ORPHAN_GRACE_S = 30
-"""A hung child whose parent died without killing it is ended by its own alarm this long after the deadline."""
-FILE_BYTES = 16 * 2**20
+CPU_GRACE_S = 2
+"""Processor time beyond the deadline after which the kernel ends a child whose parent has not."""
 MAX_EVIDENCE_CHARS = 300
-
-
-def limit_resources(memory_bytes: int) -> None:
-    """Bound address space and file size in bytes; no core files."""
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def private_channel() -> tuple[TextIO, TextIO]:
@@ -55,9 +47,11 @@ def judge(task: Mapping[str, Any], graders: Mapping[str, Grader]) -> dict[str, A
     """Grade one task; an exception of the grader becomes status ``crashed``. MemoryError passes: the process is spoilt."""
     try:
         grader = graders[task["grader"]]
-        right, evidence = grader(task["answer"], task["gold"], json.loads(task["entry"]), json.loads(task["options"]))
+        right, evidence = grader(task["answer"], task["golds"], json.loads(task["entry"]), json.loads(task["options"]))
     except MemoryError:
         raise
+    except MalformedAnswer as error:
+        return _reply(task, "malformed", str(error))
     except Exception as error:  # the boundary: any failure of a grader is reported, never scored
         return _reply(task, "crashed", f"{type(error).__name__}: {error}")
     return _reply(task, "correct" if right else "wrong", evidence)
@@ -69,11 +63,9 @@ def _reply(task: Mapping[str, Any], status: str, evidence: str) -> dict[str, Any
 
 def serve(source: TextIO, sink: TextIO, graders: Mapping[str, Grader], *, deadline_s: float) -> None:
     """Answer tasks until the parent closes the pipe."""
-    _send(sink, {"ready": True})
     for line in source:
-        signal.alarm(math.ceil(deadline_s) + ORPHAN_GRACE_S)
+        allow_processor_time(deadline_s + CPU_GRACE_S)
         _send(sink, judge(json.loads(line), graders))
-        signal.alarm(0)
 
 
 def _send(sink: TextIO, message: Mapping[str, Any]) -> None:
@@ -87,12 +79,19 @@ def main() -> None:
     parser.add_argument("--preload", nargs="*", default=[], help="graders whose libraries are imported before the first task")
     parser.add_argument("--memory-bytes", type=int, required=True)
     parser.add_argument("--deadline-s", type=float, required=True)
+    parser.add_argument("--unconfined", action="store_true", help="keep the network and the right to start processes")
     arguments = parser.parse_args()
     source, sink = private_channel()
     limit_resources(arguments.memory_bytes)
     graders = load_graders(arguments.modules)
     for grader in arguments.preload:
         preload(grader)
+    if arguments.unconfined:
+        end_with_parent(source.fileno())
+        refused = []
+    else:
+        refused = confine(source.fileno())
+    _send(sink, {"ready": True, "refused": refused})
     serve(source, sink, graders, deadline_s=arguments.deadline_s)
 
 

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -18,19 +19,26 @@ import reward
 
 MAX_LINE_BYTES = 64 * 1024
 STDERR_KEPT_BYTES = 4096
-NATURAL_END_S = 1.0
+NATURAL_END_S = 0.2
 """How long a child whose output has ended may take to finish dying before it is killed."""
 REAP_DEADLINE_S = 10.0
+STRAYS_DEADLINE_S = 1.0
+"""How long processes that left the child's group are hunted; none can arise where the child is confined."""
+MARK = "BUDGET_RL_GRADER"
+"""Environment variable with a value of its own for every child, by which its descendants are known."""
 
 
 class ProtocolError(RuntimeError):
     """The child sent something that is no answer."""
 
 
-def child_command(modules: Sequence[str], *, preload: Sequence[str], memory_bytes: int, deadline_s: float) -> list[str]:
+def child_command(
+    modules: Sequence[str], *, preload: Sequence[str], memory_bytes: int, deadline_s: float, confined: bool = True
+) -> list[str]:
     """The command line of ``reward.child``; ``-P`` keeps its scratch folder off the import path."""
     command = [sys.executable, "-P", "-m", "reward.child", "--memory-bytes", str(memory_bytes), "--deadline-s", str(deadline_s)]
-    return [*command, "--modules", *modules, "--preload", *preload]
+    freedom = [] if confined else ["--unconfined"]
+    return [*command, *freedom, "--modules", *modules, "--preload", *preload]
 
 
 def clean_environment(scratch: Path) -> dict[str, str]:
@@ -49,16 +57,18 @@ def clean_environment(scratch: Path) -> dict[str, str]:
 
 
 class GraderProcess:
-    """A child in its own session, so that killing its process group also ends whatever it started."""
+    """A child in its own session and with a mark in its environment, by which ``kill`` also ends whatever it started."""
 
     def __init__(self, command: Sequence[str], scratch: Path) -> None:
+        self._mark = f"{MARK}={secrets.token_hex(16)}"
+        name, _, value = self._mark.partition("=")
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             cwd=scratch,
-            env=clean_environment(scratch),
+            env=clean_environment(scratch) | {name: value},
             start_new_session=True,
             bufsize=0,
         )
@@ -125,7 +135,7 @@ class GraderProcess:
         return not ended
 
     def kill(self) -> str:
-        """End the whole process group, reap it, close the pipes, and say in a few words how the child had ended."""
+        """End the child and all it started, reap it, close the pipes, and say in a few words how the child had ended."""
         if self._process.returncode is not None:
             return f"exit code {self._process.returncode}"
         if self.has_ended:
@@ -133,6 +143,7 @@ class GraderProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         code = self._process.wait(timeout=REAP_DEADLINE_S)
+        end_marked_processes(self._mark)
         self.listen()
         for stream in (self.stdin, self.stdout, self.stderr):
             stream.close()
@@ -144,6 +155,32 @@ class GraderProcess:
         limit = time.monotonic() + NATURAL_END_S
         while self.is_alive() and time.monotonic() < limit:
             time.sleep(0.001)
+
+
+def end_marked_processes(mark: str) -> None:
+    """Kill every process that was started with ``mark`` (``NAME=value``) in its environment; by whom and when does not matter.
+
+    A process that clears its environment before it starts another program is not found; in a confined child none can start.
+    """
+    limit = time.monotonic() + STRAYS_DEADLINE_S
+    while strays := _marked_processes(mark.encode()):  # again, for those that were started meanwhile
+        for pid in strays:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        if time.monotonic() > limit:
+            return
+
+
+def _marked_processes(mark: bytes) -> list[int]:
+    found = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        # A process may end while it is looked at, and those of other users are none of ours.
+        with contextlib.suppress(OSError):
+            if mark in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
 
 
 def _drain(stream: IO[bytes]) -> tuple[bytes, bool]:

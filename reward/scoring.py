@@ -1,92 +1,103 @@
-"""From verdicts to rewards: one pure function per method, each giving the named parts that the total is the sum of."""
+"""From verdicts and the values of reward functions to rewards: method, functions, overlong penalty and policies put together."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-import torch
+from reward.answers import Answers
+from reward.budget import overlong
+from reward.function_pool import function_names
+from reward.methods import LENGTH_PARTS, METHODS
+from rl.reward_settings import FunctionSettings, RewardSettings
+from rl.reward_state import RewardState
+from rl.types import Group, Reward, Scored, VerdictStatus
 
-from reward.budget import hbpo, overlong
-from rl.settings import RewardSettings
-from rl.types import Budget, Reward, Verdict, VerdictStatus
-
-
-@dataclass(frozen=True)
-class ScoredAnswers:
-    """What a reward may depend on, for the N answers that could be scored."""
-
-    correct_N: torch.Tensor
-    """bool (N)."""
-    malformed_N: torch.Tensor
-    """bool (N)."""
-    length_N: torch.Tensor
-    """float64 (N), response tokens, prefill and end of sequence included."""
-    budget_N: torch.Tensor
-    """float64 (N), tokens; inf for a member without a budget."""
-    max_length: int
-    """L_max in tokens."""
+PENALTY_PART = "penalty"
 
 
-Parts = dict[str, torch.Tensor]
-RewardFunction = Callable[[ScoredAnswers, RewardSettings], Parts]
+def with_rewards(
+    groups: Sequence[Group], settings: RewardSettings, *, max_length: int, state: RewardState | None = None, step: int = 0
+) -> tuple[Group, ...]:
+    """The same groups, every scored member with its reward: ``total = sum of parts``.
 
-
-def rewards(
-    verdicts: Sequence[Verdict], budgets: Sequence[Budget], lengths: Sequence[int], *, settings: RewardSettings, max_length: int
-) -> list[Reward | None]:
-    """Reward of every answer by ``REWARDS[settings.method]``; None exactly where the verdict carries no score.
-
-    ``total = sum of parts``; MALFORMED earns ``settings.bad_format``, TRUNCATED counts as wrong. Lengths are response tokens,
-    ``max_length`` is L_max. Raises ValueError when the three sequences differ in length.
+    ``method_weight * METHODS[method] + sum_f weight_f * value_f + overlong``; `reward.penalty` alone where the verdict's policy
+    is `penalise`. No reward where the verdict carries no score or its policy is `mask`: such a member is in no statistic and no
+    loss. TRUNCATED and MALFORMED count as wrong. Lengths are response tokens, ``max_length`` is L_max, ``step`` counts finished
+    steps. Raises ValueError where a method lacks what it compares with.
     """
-    if not len(verdicts) == len(budgets) == len(lengths):
-        counts = f"{len(verdicts)} verdicts, {len(budgets)} budgets and {len(lengths)} lengths"
-        raise ValueError(f"got {counts}; give one of each per answer")
-    scored = [i for i, verdict in enumerate(verdicts) if verdict.is_scored]
-    answers = ScoredAnswers(
-        correct_N=torch.tensor([verdicts[i].is_correct for i in scored], dtype=torch.bool),
-        malformed_N=torch.tensor([verdicts[i].status is VerdictStatus.MALFORMED for i in scored], dtype=torch.bool),
-        length_N=torch.tensor([lengths[i] for i in scored], dtype=torch.float64),
-        budget_N=torch.tensor([math.inf if budgets[i].is_free else budgets[i].tokens for i in scored], dtype=torch.float64),
-        max_length=max_length,
+    kept = tuple(replace(group, members=tuple(m for m in group.members if counts(m, settings))) for group in groups)
+    found = iter(_rewards(Answers.of(kept, max_length=max_length, state=state, step=step), settings))
+    return tuple(
+        replace(group, members=tuple(replace(m, reward=next(found) if counts(m, settings) else None) for m in group.members))
+        for group in groups
     )
-    parts = REWARDS[settings.method](answers, settings)
-    parts["format"] = answers.malformed_N * settings.bad_format
-    result: list[Reward | None] = [None] * len(verdicts)
+
+
+def counts(member: Scored, settings: RewardSettings) -> bool:
+    """Whether a member gets a reward: its verdict carries a score, and no policy leaves it out."""
+    return member.verdict.is_scored and _policy(member, settings) != "mask"
+
+
+def _rewards(answers: Answers, settings: RewardSettings) -> Iterator[Reward]:
+    parts = {name: settings.method_weight * part_N for name, part_N in METHODS[settings.method](answers, settings).items()}
+    if settings.overlong_buffer or settings.method == "dapo":
+        parts["overlong"] = overlong(answers.length_N, max_length=answers.max_length, buffer=settings.overlong_buffer)
     columns = {name: part_N.tolist() for name, part_N in parts.items()}
-    for row, i in enumerate(scored):
-        values = {name: float(column[row]) for name, column in columns.items()}
-        result[i] = Reward(total=math.fsum(values.values()), parts=values)  # a plain dict: it travels between actors
-    return result
+    spared = {PENALTY_PART: 0.0} if "penalise" in settings.policies.model_dump().values() else {}
+    for row, member in enumerate(answers.members):
+        if _policy(member, settings) == "penalise":
+            yield Reward(settings.penalty, {**dict.fromkeys(columns, 0.0), PENALTY_PART: settings.penalty})
+        else:
+            values = {name: float(column[row]) for name, column in columns.items()} | spared
+            values |= function_parts(member, settings.functions)
+            # A plain dict: it travels between actors.
+            yield Reward(math.fsum(values.values()), values, per_token=_per_token(member, settings.functions))
 
 
-def correct_reward(answers: ScoredAnswers, settings: RewardSettings) -> Parts:
-    """1 for a correct answer, else 0 (GRPO's outcome reward)."""
-    return {"correct": answers.correct_N.double()}
+def _policy(member: Scored, settings: RewardSettings) -> str:
+    match member.verdict.status:
+        case VerdictStatus.WRONG:
+            return settings.policies.wrong
+        case VerdictStatus.MALFORMED:
+            return settings.policies.malformed
+        case VerdictStatus.TRUNCATED:
+            return settings.policies.truncated
+        case _:
+            return "shape"
 
 
-def hbpo_reward(answers: ScoredAnswers, settings: RewardSettings) -> Parts:
-    """HBPO's budget reward (arXiv 2507.15844, equations 2-3); see ``reward.budget.hbpo``."""
-    reward_N = hbpo(
-        answers.correct_N,
-        answers.length_N,
-        answers.budget_N,
-        max_length=answers.max_length,
-        beta=settings.beta,
-        alpha=settings.alpha,
-        form=settings.form,
+def function_parts(member: Scored, functions: Sequence[FunctionSettings]) -> dict[str, float]:
+    """``weight * value`` of each function that gave one value for the whole answer; one that does not apply adds nothing."""
+    return {
+        function_part(score.name): function.weight * score.value
+        for function, score in zip(functions, member.functions, strict=True)
+        if score.value is not None and score.per_token is None
+    }
+
+
+def length_parts(settings: RewardSettings) -> frozenset[str]:
+    """The names of the parts that depend on how long an answer is."""
+    functions = zip(function_names(settings.functions), settings.functions, strict=True)
+    return LENGTH_PARTS | {function_part(name) for name, function in functions if function.length}
+
+
+def function_part(name: str) -> str:
+    """The part of a reward function: whatever it is called, it takes the place of no part of a method."""
+    return f"function/{name}"
+
+
+def _per_token(member: Scored, functions: Sequence[FunctionSettings]) -> tuple[float | None, ...] | None:
+    """The weighted sum of what functions gave token by token; None where none did."""
+    given = [(f.weight, s.per_token) for f, s in zip(functions, member.functions, strict=True) if s.per_token is not None]
+    if not given:
+        return None
+    columns = zip(*(values for _, values in given), strict=True)
+    weights = [weight for weight, _ in given]
+    return tuple(
+        math.fsum(w * v for w, v in zip(weights, column, strict=True) if v is not None)
+        if any(v is not None for v in column)
+        else None
+        for column in columns
     )
-    return {"budget": reward_N}
-
-
-def dapo_reward(answers: ScoredAnswers, settings: RewardSettings) -> Parts:
-    """Correctness plus DAPO's penalty, which falls to -1 over the last ``overlong_buffer`` tokens before L_max (0: none)."""
-    penalty_N = overlong(answers.length_N, max_length=answers.max_length, buffer=settings.overlong_buffer)
-    return {"correct": answers.correct_N.double(), "overlong": penalty_N}
-
-
-REWARDS: Mapping[str, RewardFunction] = MappingProxyType({"correct": correct_reward, "hbpo": hbpo_reward, "dapo": dapo_reward})
-"""``reward.method`` -> function."""

@@ -16,13 +16,15 @@ def pack_rollouts(
     advantage_N: torch.Tensor,
     minibatch_N: torch.Tensor,
     *,
+    token_advantages: Sequence[torch.Tensor | None] | None = None,
     train_prefix: bool = True,
     vocabulary: Vocabulary | None = None,
 ) -> TrainBatch:
     """Pack rollouts into one ragged batch: prompt + response of each, one after the other.
 
     ``advantage_N`` (float, N) is spread over the response tokens of its rollout; prompt tokens carry no loss, and the budget
-    sentence only when ``train_prefix``; what a hard budget forced carries none. ``vocabulary`` is needed where a rollout has a
+    sentence only when ``train_prefix``; what a hard budget forced carries none. ``token_advantages``: per rollout float (response
+    length) or None, added to it. ``vocabulary`` is needed where a rollout has a
     reflection bias. Raises ValueError when the lengths disagree or a prompt is empty.
     """
     if not len(rollouts) == advantage_N.numel() == minibatch_N.numel():
@@ -52,6 +54,9 @@ def pack_rollouts(
     start_N = torch.tensor(starts, dtype=torch.int64)
     loss_mask_T = torch.tensor(mask, dtype=torch.bool)
     spread_T = advantage_N.float().repeat_interleave(start_N.diff())
+    for end, added_T in zip(starts[1:], token_advantages or (), strict=False):
+        if added_T is not None:
+            spread_T[end - added_T.numel() : end] += added_T
     return TrainBatch(
         token_T=torch.tensor(tokens, dtype=torch.int64),
         start_N=start_N,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rl.budget_settings import ROUNDING, BudgetMemory, BudgetRange
+from rl.budget_settings import HUNDRED, ROUNDING, BudgetEffort, BudgetMemory, BudgetRange, hundredths
 from rl.memory import CorrectLengths
 
 BITS = 64
@@ -25,13 +26,13 @@ class Turn:
     """Place of the prompt in the step: a prompt may come twice in one."""
     prompt_id: str
 
-    def bits(self, member: int | None = None) -> int:
+    def bits(self, member: int | None = None, *, what: Literal["budget", "exit"] = "budget") -> int:
         """64 random bits for a member, or for the whole group: the first bytes of SHA-256 over what identifies it.
 
         They are none of the bits of the member's sampling seed, so that a budget says nothing about the answer.
         """
         who = "group" if member is None else str(member)
-        name = f"budget|{self.run_seed}|{self.step}|{self.position}:{self.prompt_id}|{who}"
+        name = f"{what}|{self.run_seed}|{self.step}|{self.position}:{self.prompt_id}|{who}"
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[: BITS // 8], "big")
 
 
@@ -47,6 +48,31 @@ def between(low: int, high: int, bits: int, *, scale: Literal["uniform", "log_un
         return low + (bits * (high - low + 1) >> BITS)
     drawn = math.floor(low * ((high + 1) / low) ** (bits / 2**BITS))
     return min(max(drawn, low), high)
+
+
+def drawn_effort(source: BudgetEffort, bits: int) -> float:
+    """An effort from 64 random bits: a log-uniform number of hundredths in [low, high]; see :func:`between`."""
+    return between(hundredths(source.low), hundredths(source.high), bits, scale="log_uniform") / HUNDRED
+
+
+def dealt_level(levels: Sequence[float], turn: Turn) -> float:
+    """The level of a prompt's group, ``levels[(step + place in the step) mod their number]``: each as often as any other."""
+    return levels[(turn.step + turn.position) % len(levels)]
+
+
+def distinct(low: int, high: int, bits: Sequence[int]) -> tuple[int, ...]:
+    """Different whole numbers in [low, high], increasing: one per 64 random bits, or all of them where they are fewer.
+
+    Every choice of as many numbers is equally likely (Floyd's method; Bentley and Floyd, CACM 30(9), 1987).
+    """
+    size = max(high - low + 1, 0)
+    if size <= len(bits):
+        return tuple(range(low, high + 1))
+    chosen: set[int] = set()
+    for last, word in zip(range(size - len(bits), size), bits, strict=True):
+        pick = word * (last + 1) >> BITS
+        chosen.add(last if pick in chosen else pick)
+    return tuple(low + place for place in sorted(chosen))
 
 
 def middle(source: BudgetRange) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from rl.cluster import Workforce
 from rl.errors import ConfigError
 from rl.manifest import abandon, begin, check_resumable, commit, latest, prune, read_manifest, verify
+from rl.reward_state import RewardState
 from rl.run_folder import RunFolder
 from rl.sampling_state import STATE_NAME, SamplingState
 from rl.settings import Settings
@@ -36,6 +37,7 @@ def save_checkpoint(
     run_id: str | None,
     evaluation: Mapping[str, float],
     sampling: SamplingState,
+    rewards: RewardState,
 ) -> Path:
     """Write the state after ``step`` finished steps; the folder appears only when every byte is on disk.
 
@@ -46,7 +48,7 @@ def save_checkpoint(
     answers = wait_for(refs, seconds=settings.learner.deadline_s, what=f"learner writes checkpoint {step}")
     checksum = next(answer.checksum for answer in answers if answer is not None)
     copy_tokenizer(model, partial / "model")
-    state = {"metrics": dict(evaluation), "sampling": sampling.to_json()}
+    state = {"metrics": dict(evaluation), "sampling": sampling.to_json(), "rewards": rewards.to_json()}
     (partial / STATE_NAME).write_text(json.dumps(state) + "\n", encoding="utf-8")
     done = commit(
         partial,

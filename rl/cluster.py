@@ -165,20 +165,24 @@ class Workforce:
             )
         return [engine.start.remote(str(folder)) for engine in self.engines]
 
-    def launch_scorers(self, special_tokens: Sequence[str]) -> list[Any]:
+    def launch_scorers(self, tokenizer: Any) -> list[Any]:
         """Create the reward actors; returns the refs to wait for."""
         import ray
 
         from reward.actor import RewardActor
+        from reward.functions import absolute_path
+        from rl.prompts import special_tokens, uses_chat_template
 
         settings = self.settings
+        # Reward workers need not run in this folder.
+        functions = [f.model_copy(update={"path": absolute_path(f.path)}) for f in settings.reward.functions]
+        reward = settings.reward.model_copy(update={"functions": functions})
+        special, chat = tuple(special_tokens(tokenizer)), uses_chat_template(tokenizer, settings.data)
         for index in range(settings.reward.workers):
             options = ray.remote(RewardActor).options(
                 num_cpus=settings.reward.cpus_per_worker, name=f"reward-{index}-{os.getpid()}"
             )
-            self.scorers.append(
-                options.remote(settings.reward, settings.data, settings.rollout.max_length, tuple(special_tokens))
-            )
+            self.scorers.append(options.remote(reward, settings.data, special, chat=chat))
         return [scorer.ready.remote() for scorer in self.scorers]
 
     def close(self) -> None:

@@ -40,6 +40,8 @@ class Problem:
     answer: str
     entry_json: str
     """JSON of the whole reasoning-gym entry or data set row, for graders that need more than the answer."""
+    other_answers: tuple[str, ...] = ()
+    """Further reference answers; any one is right."""
 
     @property
     def id(self) -> str:
@@ -107,11 +109,13 @@ def _first_distinct(problems: Iterable[Problem], limit: int) -> list[Problem]:
 def _problems(dataset: Dataset, question: str, answer: str, *, entry_column: str | None) -> Iterator[Problem]:
     for index, row in enumerate(dataset):
         assert isinstance(row, Mapping)
-        if row[question] is None or row[answer] is None:
+        answers = row[answer] if isinstance(row[answer], list) else [row[answer]]
+        if row[question] is None or not answers or None in answers:
             empty = question if row[question] is None else answer
             raise DataError(f"row {index} has no value in column {empty!r}; remove such rows from the data set")
         entry = row[entry_column] if entry_column else to_json(row)
-        yield Problem(question=str(row[question]), answer=str(row[answer]), entry_json=entry)
+        first, *others = map(str, answers)
+        yield Problem(question=str(row[question]), answer=first, entry_json=entry, other_answers=tuple(others))
 
 
 # ---- reasoning-gym ---------------------------------------------------------------------------------------------------

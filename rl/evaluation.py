@@ -12,7 +12,7 @@ from typing import Any
 from rl.cluster import Workforce, check_cluster, connect, disconnect
 from rl.collection import Collector
 from rl.errors import BudgetRLError
-from rl.leases import make_leases
+from rl.leases import MEASURING_FROM, make_leases
 from rl.manifest import MANIFEST_NAME, read_manifest
 from rl.run_folder import replace_text
 from rl.sampling_state import SamplingState, evaluation_shaping, read_sampling
@@ -24,7 +24,7 @@ from rollout.budgets import BudgetPlan
 
 log = logging.getLogger("budget_rl")
 
-EVAL_STEP = 999_999
+EVAL_STEP = MEASURING_FROM + 2
 """Stands for the step in evaluation seeds, so that they differ from training's and are the same at every evaluation."""
 
 
@@ -73,7 +73,7 @@ def evaluate(
     )
     if settings.eval.shaped and settings.rollout.adaptive is not None and shaping.adaptive is None:
         log.warning("eval.shaped: there are no entropy statistics yet, so this evaluation draws at the base temperature")
-    budgets = [plan.free, *(b for b in plan.levels(step) if not b.is_free)] if settings.eval.with_budgets else [plan.free]
+    budgets = [plan.free, *(b for b in plan.levels(step) if b != plan.free)] if settings.eval.with_budgets else [plan.free]
     results = []
     for budget in budgets:
         leases = make_leases(
@@ -96,16 +96,27 @@ def evaluate(
     return results
 
 
-def per_problem(result: EvalResult) -> dict[str, dict[str, float]]:
-    """Accuracy and tokens by prompt id: what a paired bootstrap needs."""
+def per_problem(result: EvalResult) -> dict[str, dict[str, Any]]:
+    """By prompt id: accuracy and mean tokens, as a paired bootstrap needs; of each answer whether it is right and how long."""
     by_prompt: dict[str, list[Scored]] = {}
     for member in result.scored:
         by_prompt.setdefault(member.rollout.lease.prompt.id, []).append(member)
-    return {prompt: accuracy_and_tokens(members) for prompt, members in sorted(by_prompt.items())}
+    return {
+        prompt: {
+            **accuracy_and_tokens(members),
+            "correct": [int(m.verdict.is_correct) for m in members],
+            "lengths": [m.rollout.length for m in members],
+        }
+        for prompt, members in sorted(by_prompt.items())
+    }
 
 
 def write_per_problem(path: Path, results: Sequence[EvalResult], *, step: int) -> None:
-    """Write ``{"step", "results": {label: {prompt id: {"accuracy", "tokens"}}}}`` as JSON, whole or not at all."""
+    """Write ``{"step", "results": {label: {prompt id: figures}}}`` as JSON, whole or not at all.
+
+    figures: ``accuracy`` and ``tokens``, means over the problem's answers; ``correct`` (1 or 0) and ``lengths`` (tokens), one
+    entry per answer.
+    """
     content = {"step": step, "results": {result.label: per_problem(result) for result in results}}
     replace_text(path, json.dumps(content) + "\n")
 
@@ -133,7 +144,7 @@ def run_evaluation(settings: Settings, *, target: Path) -> int:
     try:
         check_cluster(settings, resources)
         with StopFlag() as stop:
-            refs = [*workforce.launch_engines(model), *workforce.launch_scorers(special_tokens(tokenizer))]
+            refs = [*workforce.launch_engines(model), *workforce.launch_scorers(tokenizer)]
             wait_for(refs, seconds=settings.rollout.start_deadline_s, what="engines and graders start", stop=stop)
             collector = Collector(workforce.engines, workforce.scorers, settings)
             with_budgets = settings.model_copy(update={"eval": settings.eval.model_copy(update={"with_budgets": True})})
@@ -185,8 +196,3 @@ def evaluated_model(model: ModelSettings, target: Path) -> ModelSettings:
 def trained_steps(target: Path) -> int | None:
     """The step of the checkpoint ``target``; None for a model that says nothing of its training."""
     return read_manifest(target).step if (target / MANIFEST_NAME).is_file() else None
-
-
-def special_tokens(tokenizer: Any) -> list[str]:
-    """Special tokens a grader strips from an answer (the thinking marks are content, not decoration)."""
-    return [token for token in tokenizer.all_special_tokens if token not in ("<think>", "</think>")]

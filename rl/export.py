@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from reward.calibration import Calibration
 from rl.budget_settings import describe_budgets
 from rl.errors import BudgetRLError
 from rl.manifest import MANIFEST_NAME, CheckpointError, latest, read_manifest, verify
@@ -29,6 +30,8 @@ log = logging.getLogger("budget_rl")
 
 MODEL_PREFIX = "model/"
 _OTHER_WEIGHTS = frozenset((".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"))
+CALIBRATION_NAME = "effort-calibration.json"
+_EFFORT_ACCURACY = re.compile(r"eval/x(\d+\.\d\d)/accuracy")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -63,8 +66,11 @@ def export_checkpoint(checkpoint: Path, target: Path) -> Path:
             (staged / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / MODEL_PREFIX / name, staged / name)
         _complete_generation_config(staged)
-        card = model_card(manifest, _run_metrics(folder), trained_decoding(manifest, folder))
+        metrics = _run_metrics(folder)
+        card = model_card(manifest, metrics, trained_decoding(manifest, folder))
         (staged / "README.md").write_text(card, encoding="utf-8")
+        if (calibration := effort_calibration(metrics)) is not None:
+            (staged / CALIBRATION_NAME).write_text(calibration.to_json() + "\n", encoding="utf-8")
         os.rename(staged, target)
     return target
 
@@ -146,11 +152,22 @@ def model_card(manifest: Manifest, metrics: Mapping[str, float], decoding: Decod
     if metrics:
         lines += ["## Figures of the run at this step", "", "| metric | value |", "|---|---|"]
         lines += [*(f"| {name} | {value:.4g} |" for name, value in sorted(metrics.items())), ""]
+    if (calibration := effort_calibration(metrics)) is not None:
+        lines += ["## Efforts", "", f"Also in `{CALIBRATION_NAME}`.", "", calibration.markdown()]
     lines += decoding.lines() if decoding is not None else []
     if _setting(manifest, "model.trust_remote_code"):
         revision = _setting(manifest, "model.revision")
         lines += [f"Loading needs `trust_remote_code=True`: the base model brings code, pinned at revision `{revision}`.", ""]
     return "\n".join(lines)
+
+
+def effort_calibration(metrics: Mapping[str, float]) -> Calibration | None:
+    """How length and accuracy follow the effort asked for; None where fewer than two efforts were evaluated."""
+    efforts = sorted(float(found[1]) for name in metrics if (found := _EFFORT_ACCURACY.fullmatch(name)))
+    if len(efforts) < 2:
+        return None
+    tokens, accuracy = (tuple(metrics[f"eval/x{r:.2f}/{what}"] for r in efforts) for what in ("tokens", "accuracy"))
+    return Calibration(tuple(efforts), tokens, accuracy)
 
 
 def push_folder(folder: Path, repo_id: str, *, private: bool = True) -> str:

@@ -38,10 +38,10 @@ def write_table(metrics_path: Path, out_path: Path) -> None:
     chosen = [row for i, row in enumerate(trained) if i == 0 or (i + 1) % every == 0 or i == len(trained) - 1]
     steps = [["step", *(column.title for column in COLUMNS)]]
     steps += [[str(row["step"]), *(cell(row, column) for column in COLUMNS)] for row in chosen]
-    parts = [_table(steps, markdown=out_path.suffix == ".md")] if len(steps) > 1 else []
+    parts = [table_text(steps, markdown=out_path.suffix == ".md")] if len(steps) > 1 else []
     evaluations = _evaluations(rows)
     if len(evaluations) > 1:
-        parts.append(_table(evaluations, markdown=out_path.suffix == ".md"))
+        parts.append(table_text(evaluations, markdown=out_path.suffix == ".md"))
     replace_text(out_path, "\n".join(parts))
 
 
@@ -102,11 +102,20 @@ def _series(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(steps, dtype=float), np.array(values, dtype=float)
 
 
+_WORDS = {"free": "no budget", "no_think": "no thinking"}
+
+
 def _labels(rows: Rows) -> list[str]:
-    """Budget labels in the run: numbers and ranges of them (``64-127``) in order, ``free`` last."""
+    """Budget labels in the run: numbers and ranges of them (``64-127``) in order, then efforts (``x0.50``), then the words."""
     names = {name.split("/")[1] for row in rows for name in row if name.startswith("budget/")}
-    first = {label: label.partition("-")[0] for label in names}
-    return sorted(names, key=lambda label: (not first[label].isdigit(), int(first[label]) if first[label].isdigit() else 0))
+
+    def place(label: str) -> tuple[int, float, str]:
+        first = label.partition("-")[0]
+        if first.isdigit():
+            return 0, float(first), ""
+        return (1, float(first[1:]), "") if first.startswith("x") else (2, 0.0, label)
+
+    return sorted(names, key=place)
 
 
 def _window(count: int) -> int:
@@ -132,7 +141,7 @@ def _draw_over_steps(axes: Axes, rows: Rows, quantity: str) -> None:
     colours = _colours(labels)
     for label in labels if len(labels) > 1 else []:
         steps, values = _series(rows, f"budget/{label}/{quantity}")
-        name = "no budget" if label == "free" else f"budget {label}"
+        name = _WORDS.get(label, f"{'effort' if label.startswith('x') else 'budget'} {label}")
         axes.plot(steps, _smoothed(values, _window(len(values))), color=colours[label], linewidth=1.0, label=name)
     steps, values = _series(rows, f"train/{quantity}")
     window = _window(len(values))
@@ -187,8 +196,8 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
-def _table(cells: list[list[str]], *, markdown: bool) -> str:
-    """Right-aligned cells, first row the titles."""
+def table_text(cells: list[list[str]], *, markdown: bool) -> str:
+    """Right-aligned cells, first row the titles; a Markdown table, or aligned plain text."""
     widths = [max(STEP_WIDTH, *(len(row[i]) for row in cells)) for i in range(len(cells[0]))]
     padded = [[f"{text:>{width}}" for text, width in zip(row, widths, strict=True)] for row in cells]
     if not markdown:

@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from rl.errors import BudgetRLError, ConfigError
 from rl.settings import Section, Settings
 from rl.types import Manifest
+from rl.upgrade import upgraded
 
 FORMAT = 1
 MANIFEST_NAME = "manifest.json"
@@ -47,7 +48,7 @@ _MAY_CHANGE = {
         ),
         *("kv_cache_gb", "gpu_memory_fraction", "deadline_s", "start_deadline_s", "heartbeat_s", "order", "weight_transport"),
     },
-    "reward": {"workers", "cpus_per_worker", "processes", "grade_deadline_s", "max_unscored"},
+    "reward": {"workers", "cpus_per_worker", "processes", "grade_deadline_s", "function_deadline_s", "max_unscored"},
     "learner": {
         *("cpus_per_rank", "gpus_per_rank", "threads_per_rank", "tokens_per_microbatch", "gradient_checkpointing", "deadline_s"),
     },
@@ -129,7 +130,8 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{path} has format {found.get('format')!r}, this version reads {FORMAT}",
                 fix="use the version of budget-rl that wrote it",
             )
-        return _MANIFEST.validate_json(text)
+        manifest = _MANIFEST.validate_json(text)
+        return replace(manifest, config=upgraded(manifest.config))
     except (ValidationError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}", fix=_advice(folder)) from error
 

@@ -19,7 +19,7 @@ from rl.data import DataError, Problems, load_problems
 from rl.embedded import build_tiny, tiny_config, tiny_tokenizer
 from rl.errors import ConfigError
 from rl.models import at_folder, local_folder, longest_context
-from rl.prompts import PromptEncoder, PromptStream, load_tokenizer
+from rl.prompts import PromptEncoder, PromptStream, load_tokenizer, uses_chat_template
 from rl.rollout_settings import ReflexSettings
 from rl.settings import Settings
 from rl.traces import Trace, make_traces
@@ -76,6 +76,7 @@ def find_inputs(settings: Settings) -> Inputs:
         tokenizer = load_tokenizer(at_folder(settings.model, model))
     encoder = PromptEncoder(tokenizer, settings.data)
     plan = BudgetPlan(settings.rollout, tokenizer, encoder=encoder, max_steps=settings.max_steps)
+    check_functions(settings, chat=uses_chat_template(tokenizer, settings.data))
     problems = load_problems(settings.data, extra=warm.traces if warm else 0)
     traces = []
     if warm and model is None:
@@ -92,6 +93,16 @@ def find_inputs(settings: Settings) -> Inputs:
         dropped_share=dropped / max(len(problems.train), 1),
         vocabulary=reflection_vocabulary(settings.rollout.reflex, tokenizer),
     )
+
+
+def check_functions(settings: Settings, *, chat: bool) -> None:
+    """Load the run's own reward functions once, in processes as the reward workers do; raises RewardFunctionError."""
+    if not settings.reward.functions:
+        return
+    from reward.function_pool import FunctionPool
+
+    with FunctionPool(settings.reward.functions, settings.reward.function_deadline_s, chat=chat) as pool:
+        pool.wait_ready()
 
 
 def reflection_vocabulary(reflex: ReflexSettings | None, tokenizer: Any) -> Vocabulary | None:

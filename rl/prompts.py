@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -29,7 +29,7 @@ class PromptEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataSettings) -> None:
         self._tokenizer = tokenizer
         self._data = data
-        self._chat = data.template == "auto" and bool(tokenizer.chat_template)
+        self._chat = uses_chat_template(tokenizer, data)
         self._template = "{question}" if data.template == "auto" else data.template
         if "{question}" not in self._template:
             raise ConfigError(
@@ -79,7 +79,7 @@ class PromptEncoder:
             DataError: no prompt is short enough.
         """
         prompts = [
-            Prompt(id=p.id, question=p.question, answer=p.answer, token_ids=self.encode(p.question), entry=p.entry_json)
+            Prompt(p.id, p.question, p.answer, self.encode(p.question), p.entry_json, other_answers=p.other_answers)
             for p in problems
         ]
         lengths = [len(self.encode(p.question + suffix) if suffix else p.token_ids) for p in prompts]
@@ -107,6 +107,10 @@ class PromptStream:
         self._prompts = tuple(prompts)
         self._seed = seed
         self._cached: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        """Prompts of one epoch."""
+        return len(self._prompts)
 
     def take(self, cursor: int, n: int) -> tuple[list[Prompt], int]:
         """The `n` prompts from position `cursor` (0-based, counted over all epochs), and the next position.
@@ -155,3 +159,13 @@ def load_tokenizer(model: ModelSettings) -> PreTrainedTokenizerBase:
             f"model.path: no tokenizer could be loaded from {model.path} ({error})",
             fix="check the files there, or the spelling and the network, or give another local folder",
         ) from error
+
+
+def special_tokens(tokenizer: Any) -> list[str]:
+    """Special tokens a grader strips from an answer (the thinking marks are content, not decoration)."""
+    return [token for token in tokenizer.all_special_tokens if token not in ("<think>", "</think>")]
+
+
+def uses_chat_template(tokenizer: Any, data: DataSettings) -> bool:
+    """Whether questions are put into the tokenizer's chat template."""
+    return data.template == "auto" and bool(tokenizer.chat_template)

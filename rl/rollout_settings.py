@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from rl.budget_settings import BudgetSource, largest_budget
+from rl.budget_settings import BudgetEffort, BudgetRange, BudgetSource, gives_one_per_group, largest_budget, length_cap
 from rl.sections import Positive, Section
 
 REFLECTION_WORDS = ("wait", "Wait", "but", "But", "Alternatively")
@@ -73,7 +73,8 @@ class RolloutSettings(Section):
     samples_per_prompt: int = Field(default=16, ge=1)
     """Rollouts per prompt, all budgets together (HBPO: 16)."""
     budgets: BudgetSource = Field(default_factory=lambda: ["free"])
-    """A list (increasing, `free` last; members are dealt evenly), or a section with `kind`: range, schedule or memory."""
+    """A list (numbers increasing, then `free`, then `no_think`; members are dealt evenly), or a section with `kind`: range,
+    schedule, memory or effort."""
     budget_kind: Literal["at_most", "exact"] = "at_most"
     """Whether a budget is a cap or a target; metrics and samples say how it was kept accordingly."""
     budget_place: Literal["prefill", "suffix", "none"] = "prefill"
@@ -82,12 +83,23 @@ class RolloutSettings(Section):
     """The words; must hold `{budget}` once and `<think>` at most once (in a suffix, not at all)."""
     free_template: str = "<think>"
     """Opens the response of a member whose response no budget sentence opens."""
+    effort_template: str = "Reasoning effort: {effort} (1.00 = your usual length)."
+    """budgets of kind effort: the words; must hold `{effort}` once, which is said with two decimals. A prefill puts `<think>` in
+    front of them, and both a prefill and a suffix a space unless they begin with one."""
+    no_think_template: str = "<think></think>"
+    """Opens the response of a `no_think` member; must hold `</think>` once."""
     hard_budgets: bool = False
     """The engine ends the thinking at the budget: it forces `</think>`, which carries no loss."""
     answer_tokens: Positive | None = None
     """hard_budgets: tokens left for the answer after the budget; None: up to max_length."""
     max_length: Positive = 4096
     """L_max: cap on response tokens, prefill included (HBPO: 4096)."""
+    length_schedule: list[tuple[Annotated[int, Field(ge=0)], Positive]] = []
+    """Caps for training, as entries [first step, cap]: the first at step 0, steps increasing, caps falling (ThinkPrune)."""
+    exits: int = Field(default=0, ge=0)
+    """Members of a group that leave the thinking of the group's one full path early, at places drawn in it (S-GRPO); 0: none."""
+    exit_template: str = "</think>"
+    """exits: the words with which they leave it; must hold `</think>` once."""
     temperature: float = Field(default=1.0, gt=0)
     """Base temperature."""
     adaptive: AdaptiveSettings | None = None
@@ -129,11 +141,11 @@ class RolloutSettings(Section):
         if not budgets:
             raise ValueError("rollout.budgets is empty; write [free] for rollouts without a budget")
         numbers = [b for b in budgets if isinstance(b, int)]
-        if budgets.count("free") > 1 or ("free" in budgets and budgets[-1] != "free"):
-            raise ValueError(f"rollout.budgets {budgets}: put `free` once, at the end")
+        words = [word for word in ("free", "no_think") if word in budgets]
+        if budgets != [*numbers, *words]:
+            raise ValueError(f"rollout.budgets {budgets}: put `free` once, at the end, and `no_think` once, behind it")
         if any(a >= b for a, b in zip(numbers, numbers[1:], strict=False)):
-            free = ["free"] if "free" in budgets else []
-            raise ValueError(f"rollout.budgets {budgets} must increase; write {[*sorted(set(numbers)), *free]}")
+            raise ValueError(f"rollout.budgets {budgets} must increase; write {[*sorted(set(numbers)), *words]}")
         return budgets
 
     @field_validator("budget_template")
@@ -146,13 +158,42 @@ class RolloutSettings(Section):
     @property
     def has_listed_budgets(self) -> bool:
         """Whether every step has the same few budgets; else each step has its own."""
-        return isinstance(self.budgets, list)
+        return isinstance(self.budgets, list) or (isinstance(self.budgets, BudgetEffort) and self.budgets.levels is not None)
+
+    def budgets_name(self, word: Literal["free", "no_think"]) -> bool:
+        """Whether `budgets` is a list with this word in it."""
+        return isinstance(self.budgets, list) and word in self.budgets
+
+    def longest_response(self, step: int | None = None) -> int:
+        """Cap on response tokens in training after ``step`` finished steps; without a step `max_length`, as in evaluations."""
+        cap = None if step is None else length_cap(self.length_schedule, step)
+        return self.max_length if cap is None else cap
 
     @field_validator("free_template")
     @classmethod
     def _no_budget(cls, template: str) -> str:
         if "{budget}" in template:
             raise ValueError(f"rollout.free_template {template!r} opens responses that say no budget; leave {{budget}} out of it")
+        return template
+
+    @field_validator("effort_template")
+    @classmethod
+    def _one_effort(cls, template: str) -> str:
+        if template.count("{effort}") != 1 or "think>" in template or "{budget}" in template:
+            raise ValueError(
+                f"rollout.effort_template {template!r} must hold {{effort}} exactly once, and neither {{budget}} nor <think>, "
+                "which is put in front where the words open the response"
+            )
+        return template
+
+    @field_validator("no_think_template", "exit_template")
+    @classmethod
+    def _ends_the_thinking(cls, template: str, info: ValidationInfo) -> str:
+        begins, _, _ = template.partition("</think>")
+        opened = begins.count("<think>") if info.field_name == "no_think_template" else 0
+        if template.count("</think>") != 1 or template.count("<think>") != opened or opened > 1 or "{budget}" in template:
+            may = "and in front of it <think> at most once" if info.field_name == "no_think_template" else "and no <think>"
+            raise ValueError(f"rollout.{info.field_name} {template!r} must hold </think> exactly once, {may}; it says no budget")
         return template
 
     @property
@@ -187,12 +228,66 @@ class RolloutSettings(Section):
                 f"raise max_length to {largest} or more, "
                 + ("or drop that budget" if isinstance(self.budgets, list) else f"or lower it in kind: {self.budgets.kind}")
             )
-        if isinstance(self.budgets, list) and self.samples_per_prompt % len(self.budgets):
-            k = len(self.budgets)
-            low = self.samples_per_prompt // k * k
+        last_cap = self.length_schedule[-1][1] if self.length_schedule else self.max_length
+        if largest is not None and isinstance(self.budgets, (list, BudgetRange)) and largest > last_cap:
             raise ValueError(
-                f"rollout.samples_per_prompt={self.samples_per_prompt} cannot be dealt evenly over {k} budgets; "
+                f"rollout.budgets: {largest} is above {last_cap}, the last cap of rollout.length_schedule; "
+                "lower the budget, or end the schedule earlier"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _deals(self) -> RolloutSettings:
+        source, samples = self.budgets, self.samples_per_prompt
+        dealt = source if isinstance(source, list) else source.levels if isinstance(source, BudgetEffort) else None
+        if dealt is None or gives_one_per_group(source):
+            return self
+        k, what = len(dealt), "budgets" if isinstance(source, list) else "efforts"
+        if samples % k:
+            low = samples // k * k
+            raise ValueError(
+                f"rollout.samples_per_prompt={samples} cannot be dealt evenly over {k} {what}; "
                 f"use {' or '.join(str(n) for n in (low, low + k) if n)}"
+            )
+        if what == "efforts" and samples < 2 * k:
+            raise ValueError(
+                f"rollout.samples_per_prompt={samples} leaves one member for each of {k} efforts and none to compare it with; "
+                f"use {2 * k} or more, or per: prompt"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _falls(self) -> RolloutSettings:
+        steps, caps = [first for first, _ in self.length_schedule], [cap for _, cap in self.length_schedule]
+        told = f"rollout.length_schedule={[list(entry) for entry in self.length_schedule]}"
+        if steps and steps[0] != 0:
+            raise ValueError(f"{told} says nothing of step 0; begin it with [0, {self.max_length}]")
+        if any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
+            raise ValueError(f"{told}: its steps must increase; sort the entries")
+        if any(a <= b for a, b in zip(caps, caps[1:], strict=False)):
+            raise ValueError(f"{told}: its caps must fall; leave out entries that change nothing")
+        if caps and caps[0] > self.max_length:
+            raise ValueError(f"{told} begins above rollout.max_length={self.max_length}; lower it, or raise max_length")
+        return self
+
+    @model_validator(mode="after")
+    def _exits_early(self) -> RolloutSettings:
+        if self.reflex is not None and (self.exits or self.budgets_name("no_think")):
+            raise ValueError(
+                "rollout.reflex lifts its words until the model writes </think>, which members that leave the thinking early or "
+                "skip it never write; leave out rollout.reflex, or rollout.exits and no_think"
+            )
+        if not self.exits:
+            return self
+        if self.samples_per_prompt != self.exits + 1:
+            raise ValueError(
+                f"rollout.samples_per_prompt={self.samples_per_prompt}: a group is the full path and rollout.exits={self.exits} "
+                f"exits from it; set it to {self.exits + 1}, or exits to {self.samples_per_prompt - 1}"
+            )
+        if not gives_one_per_group(self.budgets) or self.budgets_name("no_think") or self.hard_budgets:
+            raise ValueError(
+                "rollout.exits leaves the thinking of one path per prompt, so a group has one budget, neither hard nor no_think; "
+                "set rollout.budgets=[free], or another source of one budget per prompt, and hard_budgets=false"
             )
         return self
 
@@ -212,12 +307,14 @@ class RolloutSettings(Section):
 
     @model_validator(mode="after")
     def _budget_words(self) -> RolloutSettings:
-        if self.budget_place == "suffix" and "<think>" in self.budget_template:
+        source = self.budgets
+        says_number = any(isinstance(choice, int) for choice in source) if isinstance(source, list) else True
+        if self.budget_place == "suffix" and "<think>" in self.budget_template and not isinstance(source, BudgetEffort):
             raise ValueError(
                 f"rollout.budget_template={self.budget_template!r} opens the thinking inside the question; "
                 f'with budget_place=suffix write words only, such as " Think for {{budget}} tokens."'
             )
-        if self.budget_place == "none" and not self.hard_budgets and self.budgets != ["free"]:
+        if self.budget_place == "none" and not self.hard_budgets and says_number:
             raise ValueError("rollout.budget_place=none tells nobody the budget; set hard_budgets=true, prefill or suffix")
         opening = "budget_template" if self.budget_place == "prefill" else "free_template"
         if self.hard_budgets and "<think>" not in getattr(self, opening):

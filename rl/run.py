@@ -9,24 +9,28 @@ from pathlib import Path
 
 import torch
 
+from reward.scoring import with_rewards
 from rl.behaviour import behaviour_of
 from rl.budget_settings import BudgetMemory
 from rl.checkpointing import Resume, save_checkpoint
 from rl.cluster import Workforce
-from rl.collection import Collector
+from rl.collection import Collected, Collector
 from rl.console import Console
 from rl.errors import BudgetRLError
 from rl.evaluation import evaluate, write_per_problem
 from rl.fairness import fairness_metrics, unfair_rejection
+from rl.function_metrics import function_metrics
+from rl.generation import collect_step, new_tokens
 from rl.learner_worker import to_data_proto
-from rl.leases import step_leases
+from rl.measuring import measure_reference, measure_targets, monitor_is_due, prompts_ahead
 from rl.preparation import Prepared
 from rl.replay import Task
+from rl.reward_state import RewardState
 from rl.run_folder import RunFolder
-from rl.sampling_state import SamplingState, read_sampling
+from rl.sampling_state import SamplingState, read_rewards, read_sampling
 from rl.settings import Settings
-from rl.step_metrics import advantage_metrics, budget_labels, learner_metrics, rollout_metrics
-from rl.step_rules import build_batch, check_scored, chosen_correction, idle_error, sample_record
+from rl.step_metrics import advantage_metrics, budget_labels, exit_metrics, learner_metrics, rollout_metrics
+from rl.step_rules import build_batch, chosen_correction, idle_error, sample_record, unscored_error, unscored_members
 from rl.tracking import Tracker
 from rl.types import Manifest, Scored, Shaping, StepReport, TrainBatch
 from rl.waiting import StopFlag, StopRequested, wait_for
@@ -36,6 +40,8 @@ log = logging.getLogger("budget_rl")
 
 ADVANTAGE_DRIFT = 0.5
 """|mean advantage| above this share of its spread pushes all sampled tokens one way; see docs/stability.md."""
+UNSCORED_KEPT = 10
+"""Answers kept when too many of a step could not be judged."""
 MISMATCH_LIMIT = {"float32": 1e-3, "bfloat16": 1.0}
 """Largest |engine - learner| log-prob that rounding explains (measured: 6e-5 in float32, 0.2 to 0.6 in bfloat16)."""
 
@@ -73,7 +79,7 @@ class Run:
         self.folder, self.console, self.tracker, self.stop = folder, console, tracker, stop
         self.collector = Collector(workforce.engines, workforce.scorers, settings)
         self.progress = Progress(started=time.monotonic())
-        self.sampling = SamplingState()
+        self.sampling, self.rewards = SamplingState(), RewardState()
         self.warned: set[str] = set()
         self.evaluation: tuple[int, dict[str, float]] = (-1, {})
         """The newest held-out figures and the step they were measured at."""
@@ -87,7 +93,9 @@ class Run:
         """
         if resume is None:
             self.push_weights()
+            self.measure_start(None)
         else:
+            self.measure_start(resume[0])
             self.restore(*resume)
             self.console.say(f"resumed from {resume[0].name}")
 
@@ -134,23 +142,35 @@ class Run:
         started = time.monotonic()
         settings, progress = self.settings, self.progress
         prompts, cursor = self.prepared.stream.take(progress.cursor, settings.prompts_per_step)
+        if monitor_is_due(settings, self.rewards, progress.step):
+            measure_targets(
+                self.collector,
+                self.prepared.plan,
+                self.prepared.stream,
+                settings,
+                self.rewards,
+                version=progress.step,
+                stop=self.stop,
+            )
         shaping = self.sampling.shaping(settings.rollout)
-        leases = step_leases(
-            prompts,
+        collected = collect_step(
+            self.collector,
             self.prepared.plan,
-            samples=settings.rollout.samples_per_prompt,
+            prompts,
+            settings,
             step=progress.step,
-            run_seed=settings.seed,
             shaping=shaping,
-            min_version=progress.step,
-            memory=self.sampling.memory,
+            sampling=self.sampling,
+            stop=self.stop,
         )
-        collected = self.collector.collect(leases, stop=self.stop)
-        check_scored(collected, settings.reward.max_unscored)
-        batch, advantage_N, members = build_batch(collected.groups, settings, self.prepared.vocabulary)
-        metrics = rollout_metrics(collected.groups, drawn=not settings.rollout.has_listed_budgets) | advantage_metrics(
-            advantage_N, batch
+        self.check_scored(collected)
+        groups = with_rewards(
+            collected.groups, settings.reward, max_length=settings.rollout.max_length, state=self.rewards, step=progress.step
         )
+        batch, advantage_N, members = build_batch(groups, settings, self.prepared.vocabulary)
+        metrics = rollout_metrics(groups, drawn=not settings.rollout.has_listed_budgets) | advantage_metrics(advantage_N, batch)
+        metrics |= function_metrics(groups) | exit_metrics(groups, exits=settings.rollout.exits)
+        metrics |= self.rewards.figures(settings.reward)
         metrics |= {"rollouts/lost": float(len(collected.lost)), "prompts/dropped": self.prepared.dropped_share}
         metrics |= engine_metrics(collected.stats)
         self.write_samples(progress.step + 1, members, advantage_N)
@@ -166,7 +186,8 @@ class Run:
         progress.cursor = cursor
         if isinstance(settings.rollout.budgets, BudgetMemory):
             self.sampling.memory.observe(collected.groups)
-        tokens = sum(m.rollout.length for group in collected.groups for m in group.members)
+        self.rewards.observe(groups, settings.reward)
+        tokens = sum(new_tokens(m.rollout, settings) for group in groups for m in group.members)
         progress.tokens_seen += tokens
         metrics |= {
             "time/generate": collected.generate_s,
@@ -178,6 +199,31 @@ class Run:
             "tokens/total": float(progress.tokens_seen),
         }
         return StepReport(progress.step, metrics)
+
+    def measure_start(self, checkpoint: Path | None) -> None:
+        """Measure the start policy where rewards compare with it; the engines must still hold it.
+
+        ``checkpoint``: what the run goes on from. It knows the prompts measured so far; a longer run comes to further ones.
+        """
+        if checkpoint is not None:
+            self.rewards = read_rewards(checkpoint)
+        if not self.settings.reward.needs_reference:
+            return
+        prompts = prompts_ahead(self.prepared.stream, self.settings)
+        started = time.monotonic()
+        with self.console.progress("start policy", total=len(prompts)) as advance:
+            found = measure_reference(
+                self.collector, self.prepared.plan, prompts, self.settings, self.rewards, stop=self.stop, advance=advance
+            )
+        self.console.say(f"start policy measured on {found} of {len(prompts)} prompts, {time.monotonic() - started:.0f} s")
+        self.progress.started = time.monotonic()  # max_minutes is about training
+
+    def check_scored(self, collected: Collected) -> None:
+        """Raise when too many answers got no verdict, with the worst of them in unscored.jsonl."""
+        if (error := unscored_error(collected, self.settings.reward.max_unscored)) is not None:
+            worst = unscored_members(collected)[:UNSCORED_KEPT]
+            self.folder.append_unscored(self.progress.step + 1, [sample_record(m, 0.0) for m in worst])
+            raise error
 
     def update(self, batch: TrainBatch, shaping: Shaping, members: list[Scored]) -> dict[str, float]:
         """One pass of optimiser steps over the step's rollouts."""
@@ -333,6 +379,7 @@ class Run:
             run_id=self.tracker.run_id,
             evaluation=self.evaluation[1] if self.evaluation[0] == p.step else {},
             sampling=self.sampling,
+            rewards=self.rewards,
         )
         p.saved_step = p.step
         return path

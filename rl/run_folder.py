@@ -4,8 +4,9 @@ Layout, below ``output.dir`` (default ``~/budget-rl/<name>``)::
 
     config.yaml           the resolved configuration, secrets taken out
     metrics.jsonl         one JSON object per report: "step" and every metric of docs/metrics.md; null where not a finite number
-    eval-<step>.json      accuracy and tokens of every held-out problem at an evaluation
+    eval-<step>.json      every held-out problem at an evaluation: accuracy, tokens, and each answer's verdict and length
     samples.jsonl         a few rollouts of each step: prompt, answer, budget, verdict, reward parts, advantage
+    unscored.jsonl        answers that no grader could judge, when too many of a step stopped the run
     run.log               step lines, notes, warnings, tracebacks and everything libraries say
     checkpoints/          one folder per checkpoint, each with its manifest
     table.md              the run as a table
@@ -111,6 +112,10 @@ class RunFolder:
         return self.path / "samples.jsonl"
 
     @property
+    def unscored(self) -> Path:
+        return self.path / "unscored.jsonl"
+
+    @property
     def log(self) -> Path:
         return self.path / "run.log"
 
@@ -149,9 +154,14 @@ class RunFolder:
         lines = [{"step": step, **redact_tree(sample)} for sample in samples]
         self._guarded(lambda: append_lines(self.samples, lines))
 
+    def append_unscored(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Add answers of `step` that no grader could judge to unscored.jsonl, secrets taken out; on disk when this returns."""
+        lines = [{"step": step, **redact_tree(sample)} for sample in samples]
+        self._guarded(lambda: append_lines(self.unscored, lines))
+
     def truncate_after(self, step: int) -> None:
-        """Cut lines of later steps out of metrics, samples and spool, as if the run had never gone past `step`."""
-        for path in (self.metrics, self.samples, self.spool):
+        """Cut lines of later steps out of all line files, as if the run had never gone past `step`."""
+        for path in (self.metrics, self.samples, self.unscored, self.spool):
             self._guarded(lambda path=path: _keep_until(path, step))
 
     def log_size(self) -> int:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from rl.heterogeneous import entropy_statistics
 from rl.manifest import CheckpointError
 from rl.memory import PromptMemory
+from rl.reward_state import RewardState
 from rl.rollout_settings import ReflexSettings, RolloutSettings
 from rl.types import AdaptiveTemperature, EntropyStatistics, Reflex, Shaping
 
 log = logging.getLogger("budget_rl")
 
+T = TypeVar("T")
 STATE_NAME = "state.json"
 """File of a checkpoint: the held-out figures for an export's card, and what the next step's sampling depends on."""
 
@@ -91,11 +93,22 @@ def read_sampling(checkpoint: Path) -> SamplingState:
 
     Raises CheckpointError when its file cannot be read.
     """
-    if not (checkpoint / STATE_NAME).is_file():
-        return SamplingState()
+    return read_state(checkpoint, "sampling", SamplingState.from_json)
+
+
+def read_rewards(checkpoint: Path) -> RewardState:
+    """What the rewards after a (verified) checkpoint depend on; as :func:`read_sampling`."""
+    return read_state(checkpoint, "rewards", RewardState.from_json)
+
+
+def read_state(checkpoint: Path, section: str, decode: Callable[[Mapping[str, Any]], T]) -> T:
+    """One section of a checkpoint's state.json, empty where an older checkpoint has none.
+
+    Raises CheckpointError when the file cannot be read.
+    """
+    path = checkpoint / STATE_NAME
     try:
-        return SamplingState.from_json(json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8")).get("sampling", {}))
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return decode(content.get(section, {}))
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{checkpoint / STATE_NAME} cannot be read: {error}", fix="use another checkpoint"
-        ) from error
+        raise CheckpointError(f"{path} cannot be read: {error}", fix="use another checkpoint") from error

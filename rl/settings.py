@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from rl.budget_settings import BudgetRange, BudgetSchedule
+from reward.options import check_options
+from rl.budget_settings import BudgetEffort, BudgetRange, BudgetSchedule, describe_budgets
+from rl.reward_settings import BUDGETED, MONITORED, RewardSettings
 from rl.rollout_settings import RolloutSettings
 from rl.sections import Decay, NonNegative, Positive, Section
 
@@ -42,6 +44,7 @@ class DataSettings(Section):
     """Split of a hub dataset."""
     question_column: str = "question"
     answer_column: str = "answer"
+    """Reference answer, or a list of them: any one is right."""
     size: Positive = 8192
     """Problems drawn from a generated task (distinct by question text); files are read whole up to this many."""
     held_out: Positive = 256
@@ -52,39 +55,38 @@ class DataSettings(Section):
     """System message of the chat template."""
     max_prompt_length: Positive = 1024
     """Prompts with more tokens are dropped, counted and reported."""
-    grader: Literal["auto", "reasoning_gym", "math", "exact"] = "auto"
-    """`auto`: the task's own scorer for reasoning-gym, math for everything else."""
-    extract: Literal["after_think", "boxed", "last_line"] = "after_think"
-    """Where the answer stands: all text after `</think>`, the last \\boxed{} after `</think>`, or the last line."""
+    grader: Literal["auto", "reasoning_gym", "math", "numeric", "choice", "exact", "format", "function"] = "auto"
+    """`auto`: the task's own scorer for reasoning-gym, math for everything else. `function`: the first of reward.functions
+    decides. docs/graders.md says what each takes for the same answer."""
+    grader_options: dict[str, Any] = Field(default_factory=dict)
+    """What the grader reads beside the answers: numeric `rel_tol`, `abs_tol`; choice `letters`; format `pattern`."""
+    extract: Literal["after_think", "boxed", "last_line", "whole"] = "after_think"
+    """Where the answer stands: all text after `</think>`, the last \\boxed{} after `</think>`, the last line, or the whole
+    response."""
     seed: int = 0
 
-
-class RewardSettings(Section):
-    method: Literal["hbpo", "correct", "dapo"] = "correct"
-    """`correct`: 1 for a correct answer, else 0 (GRPO). `hbpo`: budget reward. `dapo`: correct plus overlong penalty."""
-    form: Literal["piecewise", "min"] = "piecewise"
-    """hbpo: the paper's piecewise form or the published code's minimum."""
-    beta: float = 4.0
-    """hbpo: height of the cosine."""
-    alpha: float | None = None
-    """hbpo: slope per token away from the budget; None is 1/max_length."""
-    bad_format: float = 0.0
-    """Reward of a MALFORMED answer (the paper 0, the published code -1)."""
-    overlong_buffer: int = Field(default=0, ge=0)
-    """dapo: the penalty grows linearly to 1 over the last so many tokens before max_length; 0 switches it off."""
-    workers: Positive = 1
-    """Reward actors."""
-    cpus_per_worker: float = Field(default=0.1, ge=0)
-    processes: Positive = 1
-    """Grader child processes per actor."""
-    grade_deadline_s: float = Field(default=10.0, gt=0)
-    """A grader that needs longer for one answer is killed; the answer is TIMED_OUT and carries no number."""
-    max_unscored: float = Field(default=0.2, ge=0, le=1)
-    """The run stops when a larger share of a step's answers could not be scored."""
+    @model_validator(mode="after")
+    def _grader_reads_its_options(self) -> DataSettings:
+        check_options(self.grader, self.grader_options)
+        return self
 
 
 class AdvantageSettings(Section):
-    estimator: Literal["group_normalised", "hierarchical"] = "group_normalised"
+    estimator: Literal[
+        "group_normalised", "hierarchical", "group_centred", "leave_one_out", "batch_normalised", "reward", "decoupled"
+    ] = "group_normalised"
+    """`group_normalised`: GRPO. `hierarchical`: HBPO. `group_centred`: GRPO without its division (Dr. GRPO). `leave_one_out`:
+    RLOO. `batch_normalised`: over the whole batch. `reward`: the reward as it is. `decoupled`: GRPO of correctness, whose
+    positive part the lengths share out; the rest of the reward does not count."""
+    length_guard: bool = True
+    """group_normalised: groups whose answers are all right keep a length reward at its natural size, groups all wrong have none.
+    False is the papers' literal form; see docs/rewards.md."""
+    difficulty_weight: Literal["none", "lead"] = "none"
+    """`lead`: groups with a low pass rate weigh more (GRPO-LEAD)."""
+    scale: float | None = Field(default=None, gt=0)
+    """decoupled: length in tokens over which the share of a correct answer falls; None is rollout.max_length."""
+    tau: float = Field(default=0.5, gt=0)
+    """decoupled: smaller values prefer short answers more."""
     intra_coef: float = 1.0
     """hierarchical: weight of the subgroup term (the paper 1, the published code 2)."""
     intra_scale: Literal["none", "spread"] = "none"
@@ -263,6 +265,65 @@ class Settings(Section):
         return self
 
     @model_validator(mode="after")
+    def _rewards_what_is_asked_for(self) -> Settings:
+        """A reward that looks at a budget, an effort or an exit needs rollouts that were asked for one."""
+        reward, rollout = self.reward, self.rollout
+        budgets, method = rollout.budgets, reward.method
+        effort = isinstance(budgets, BudgetEffort)
+        words = {"free", "no_think"} & set(budgets) if isinstance(budgets, list) else set()
+        if method in BUDGETED and (words or effort):
+            raise ValueError(
+                f"reward.method={method} compares each length with a budget in tokens, and rollout.budgets "
+                f"({describe_budgets(budgets)}) leaves members without one; use numbers alone, such as [32, 64], "
+                "or [{kind: range, low: 16, high: 128}]"
+            )
+        if method == "aec" and not effort:
+            raise ValueError(
+                "reward.method=aec rewards lengths by the effort asked for; "
+                "set rollout.budgets=[{kind: effort, low: 0.5, high: 3.0}]"
+            )
+        if method in BUDGETED and rollout.hard_budgets:
+            raise ValueError(
+                f"reward.method={method} compares the whole response with the budget, and rollout.hard_budgets bounds "
+                "the thinking alone: an answer that keeps its budget would be fined; set rollout.hard_budgets=false"
+            )
+        if method == "adaptthink" and not self.learner.train_prefix:
+            raise ValueError("reward.method=adaptthink teaches a choice by the loss on openings; set learner.train_prefix=true")
+        if method == "adaptthink" and not rollout.budgets_name("no_think"):
+            raise ValueError(
+                "reward.method=adaptthink compares answers with and without thinking; set rollout.budgets=[free, no_think]"
+            )
+        if rollout.exits and not self.learner.train_prefix:
+            raise ValueError("rollout.exits teaches to stop by the loss on the words of an exit; set learner.train_prefix=true")
+        if method == "s_grpo" and not rollout.exits:
+            raise ValueError("reward.method=s_grpo rewards early exits; set rollout.exits=4 and rollout.samples_per_prompt=5")
+        if method in MONITORED and reward.monitor.first > rollout.max_length:
+            raise ValueError(
+                f"reward.monitor.first={reward.monitor.first} is above rollout.max_length={rollout.max_length}: no target could "
+                "ever be missed; set reward.monitor.first, last and by to lengths in tokens below it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _grades(self) -> Settings:
+        if self.data.grader == "function" and not self.reward.functions:
+            raise ValueError("data.grader=function lets the first of reward.functions decide, and there is none; name one")
+        bare = RewardSettings()
+        told = [
+            name
+            for name in ("functions", "method_weight", "overlong_buffer")
+            if getattr(self.reward, name) != getattr(bare, name)
+        ]
+        told += ["policies"] if "penalise" in self.reward.policies.model_dump().values() else []
+        told += ["method"] if self.reward.method not in ("correct", "classic") else []
+        if self.advantage.estimator == "decoupled" and told:
+            raise ValueError(
+                "advantage.estimator=decoupled looks at correctness and length alone, so that "
+                f"{', '.join('reward.' + name for name in told)} would not count; leave these out, or use another estimator"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _evaluates_shaped(self) -> Settings:
         if self.eval.shaped and self.rollout.adaptive is None and self.rollout.reflex is None:
             raise ValueError("eval.shaped draws with rollout.adaptive and rollout.reflex; set one of them, or leave it out")
@@ -286,6 +347,11 @@ class Settings(Section):
         if buffer > longest:
             raise ValueError(
                 f"reward.overlong_buffer={buffer} is longer than rollout.max_length={longest}; use {longest} or less"
+            )
+        if buffer and self.rollout.length_schedule:
+            raise ValueError(
+                f"reward.overlong_buffer={buffer} counts back from rollout.max_length={longest}, which responses under "
+                "rollout.length_schedule do not reach; leave one of the two out"
             )
         return self
 

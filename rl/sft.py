@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from rl.batch import pack_rollouts
+from rl.budget_settings import BudgetEffort
 from rl.cluster import Workforce
 from rl.learner_worker import to_data_proto
 from rl.models import MODEL_SUFFIXES
@@ -31,6 +32,10 @@ UPDATES_PER_CALL = 20
 """Optimiser steps sent to the learner at once: keeps Ray's share of a step below 1 %."""
 
 
+GRADING = ("grader_options",)
+"""Settings of the data that say how to grade, not what is asked; those older than the cache stay part of its keys."""
+
+
 def cache_key(settings: Settings) -> str:
     """Hash of everything the warm-started model depends on: its settings, the data, the budget sentence."""
     if settings.warm_start is None:
@@ -38,7 +43,7 @@ def cache_key(settings: Settings) -> str:
     parts = {
         "format": FORMAT,
         "warm_start": settings.warm_start.model_dump(mode="json", exclude={"cache_dir"}),
-        "data": settings.data.model_dump(mode="json"),
+        "data": {name: value for name, value in settings.data.model_dump(mode="json").items() if name not in GRADING},
         "sentence": [settings.rollout.budget_template, settings.rollout.free_template, settings.rollout.max_length],
     }
     # Like the dtype below: what every run before had adds nothing.
@@ -46,6 +51,10 @@ def cache_key(settings: Settings) -> str:
         parts["place"] = settings.rollout.budget_place
     if not isinstance(settings.rollout.budgets, list):
         parts["budgets"] = settings.rollout.model_dump(mode="json")["budgets"]
+    if isinstance(settings.rollout.budgets, BudgetEffort):
+        parts["effort"] = settings.rollout.effort_template
+    if settings.rollout.budgets_name("no_think"):
+        parts["no_think"] = settings.rollout.no_think_template
     if settings.model.dtype != "float32":  # float32 adds nothing, so that models cached before this was a part keep their key
         parts["dtype"] = settings.model.dtype
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from rl.budget_settings import HUNDRED, hundredths
+from rl.comparison import advantage_groups
 from rl.types import Budget, BudgetKind, Group, Scored, TrainBatch, VerdictStatus
 
 BUDGETS_SHOWN = 8
@@ -38,8 +41,36 @@ def rollout_metrics(groups: Sequence[Group], *, drawn: bool = False) -> dict[str
         metrics |= {f"budget/{label}/{name}": value for name, value in (accuracy_and_tokens(chosen) | kept(chosen)).items()}
     for status in VerdictStatus:
         metrics[f"verdict/{status.value}"] = sum(m.verdict.status is status for m in members) / max(len(members), 1)
-    rewards = [[m.reward.total for m in group.members if m.reward is not None] for group in groups]
-    metrics["group/flat"] = sum(len(set(values)) < 2 for values in rewards) / max(len(rewards), 1)
+    metrics["group/flat"] = _flat_share(groups)
+    return metrics
+
+
+def _flat_share(groups: Sequence[Group]) -> float:
+    """Share of those compared with one another whose rewards are all equal; a group without any reward is one of them."""
+    rewarded = [(g, m) for g, group in enumerate(groups) for m in group.members if m.reward is not None]
+    ids = advantage_groups([g for g, _ in rewarded], [m.rollout.lease.budget for _, m in rewarded])
+    rewards: dict[int, set[float]] = defaultdict(set)
+    for place, (_, member) in zip(ids, rewarded, strict=True):
+        assert member.reward is not None
+        rewards[place].add(member.reward.total)
+    empty = len(groups) - len({g for g, _ in rewarded})
+    return (empty + sum(len(values) < 2 for values in rewards.values())) / max(empty + len(rewards), 1)
+
+
+def exit_metrics(groups: Sequence[Group], *, exits: int) -> dict[str, float]:
+    """Accuracy and tokens of the early exits and of the full paths they leave, and the share of exits that are missing.
+
+    An exit is missing where the path had no place for it, or where it or its path was lost. Empty for ``exits`` 0.
+    """
+    if not exits:
+        return {}
+    members = [m for group in groups for m in group.members]
+    left = [m for m in members if m.rollout.lease.member < exits]
+    paths = [m for m in members if m.rollout.lease.member == exits]
+    metrics = {"exits/missing": 1 - len(left) / max(len(groups) * exits, 1)}
+    for name, chosen in (("exits", left), ("path", paths)):
+        figures = accuracy_and_tokens([m for m in chosen if m.verdict.is_scored])
+        metrics |= {f"{name}/{what}": value for what, value in figures.items()}
     return metrics
 
 
@@ -57,11 +88,19 @@ def kept(members: Sequence[Scored]) -> dict[str, float]:
 def budget_labels(budgets: Iterable[Budget], *, binned: bool = False) -> dict[Budget, str]:
     """What each budget is called in metric names: its own label, or that of its power of two, such as ``64-127``.
 
-    By powers of two where asked for (so that names stay the same from step to step), or for more than 8 different numbers.
+    By powers of two, and efforts by powers of sqrt(2), where asked for, so that names stay the same from step to step, or for
+    more than 8 different numbers.
     """
     distinct = set(budgets)
-    binned = binned or len({budget.tokens for budget in distinct if not budget.is_free}) > BUDGETS_SHOWN
-    return {budget: budget.label if budget.is_free or not binned else octave(budget.tokens) for budget in distinct}
+    numbers = {budget.tokens or budget.effort for budget in distinct} - {None}
+    binned = binned or len(numbers) > BUDGETS_SHOWN
+    return {budget: _bin(budget) if binned else budget.label for budget in distinct}
+
+
+def _bin(budget: Budget) -> str:
+    if budget.effort is not None:
+        return half_octave(budget.effort)
+    return budget.label if budget.is_free else octave(budget.tokens)
 
 
 def octave(tokens: int) -> str:
@@ -70,6 +109,15 @@ def octave(tokens: int) -> str:
         raise ValueError(f"octave needs a number above 0, got {tokens}")
     low = 1 << (tokens.bit_length() - 1)
     return f"{low}-{2 * low - 1}" if low > 1 else "1"
+
+
+def half_octave(effort: float) -> str:
+    """The whole hundredths r with ``2^(k/2) <= r < 2^((k+1)/2)`` around an effort of at least 0.01, such as ``x0.71-0.99``."""
+    if hundredths(effort) < 1:
+        raise ValueError(f"half_octave needs an effort of 0.01 or more, got {effort}")
+    k = math.floor(2 * math.log2(effort))  # 2^(k/2) is irrational or exact, so no effort lies within a rounding of it
+    low, high = math.ceil(HUNDRED * 2 ** (k / 2)), math.ceil(HUNDRED * 2 ** ((k + 1) / 2)) - 1
+    return f"x{low / HUNDRED:.2f}-{high / HUNDRED:.2f}"
 
 
 def accuracy_and_tokens(members: Sequence[Scored]) -> dict[str, float]:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 
+from reward.answers import budget_tokens
 from reward.budget import budget_ceiling
-from rl.advantage import compute
+from reward.scoring import length_parts
+from rl.advantage import ScoredBatch, compute
 from rl.batch import pack_rollouts
 from rl.behaviour import Vocabulary
 from rl.budget_settings import describe_budgets
 from rl.collection import Collected
+from rl.comparison import advantage_groups
 from rl.correction import Correction
 from rl.errors import BudgetRLError
 from rl.preflight import derived_plan
+from rl.process_reward import reward_to_go
+from rl.reward_settings import OPTIONS
 from rl.settings import Settings
-from rl.types import Group, Scored, TrainBatch
+from rl.types import Group, Reward, Scored, TrainBatch
 
 NO_ANSWER_SHARE = 0.9
 """Share of answers cut or without a readable answer from which a step of equal rewards shows a wrong setting, not a hard task."""
@@ -41,29 +46,50 @@ def chosen_correction(settings: Settings) -> Correction:
 def build_batch(
     groups: tuple[Group, ...], settings: Settings, vocabulary: Vocabulary | None = None
 ) -> tuple[TrainBatch, torch.Tensor, list[Scored]]:
-    """Advantages and packed training data of a step's scored members (unscored ones are left out of all statistics).
+    """Advantages and packed training data of a step's members that have a reward (others are left out of all statistics).
 
-    ``vocabulary`` is needed where sampling has a reflection bias.
+    ``vocabulary`` is needed where sampling has a reflection bias. Raises BudgetRLError when no member has a reward.
     """
-    members = [(g, m) for g, group in enumerate(groups) for m in group.members if m.reward is not None]
-    scored = [m for _, m in members]
-    group_N = torch.tensor([g for g, _ in members], dtype=torch.int64)
-    reward_N = torch.tensor([m.reward.total for m in scored if m.reward is not None], dtype=torch.float64)
-    budget_N = torch.tensor(
-        [math.inf if m.rollout.lease.budget.is_free else float(m.rollout.lease.budget.tokens) for m in scored],
-        dtype=torch.float64,
-    )
-    ceiling_N = budget_ceiling(budget_N, max_length=settings.rollout.max_length, beta=settings.reward.beta)
-    advantage_N = compute(reward_N, group_N, budget_N, ceiling_N.to(reward_N.dtype), settings.advantage).float()
-    minibatch_N = group_N * settings.learner.minibatches // max(len(groups), 1)
+    found = [(g, m, m.reward) for g, group in enumerate(groups) for m in group.members if m.reward is not None]
+    if not found:
+        raise BudgetRLError(
+            "no answer of this step has a reward: each is left out by its verdict's policy",
+            fix="set reward.policies.truncated (or the policy that masks most) to shape, or raise rollout.max_length",
+        )
+    members, rewards = [m for _, m, _ in found], [reward for _, _, reward in found]
+    prompt_N = torch.tensor([g for g, _, _ in found], dtype=torch.int64)
+    group_N = torch.tensor(advantage_groups(prompt_N.tolist(), [m.rollout.lease.budget for m in members]))
+    advantage_N = compute(scored_batch(members, rewards, group_N, settings), settings.advantage).float()
     batch = pack_rollouts(
-        [m.rollout for m in scored],
+        [m.rollout for m in members],
         advantage_N,
-        minibatch_N,
+        prompt_N * settings.learner.minibatches // max(len(groups), 1),
+        token_advantages=reward_to_go([r.per_token for r in rewards], group_N, std_floor=settings.advantage.std_floor),
         train_prefix=settings.learner.train_prefix,
         vocabulary=vocabulary,
     )
-    return batch, advantage_N, scored
+    return batch, advantage_N, members
+
+
+def scored_batch(members: Sequence[Scored], rewards: Sequence[Reward], group_N: torch.Tensor, settings: Settings) -> ScoredBatch:
+    """The columns that an advantage is computed from."""
+    budget_N = torch.tensor([budget_tokens(m) for m in members], dtype=torch.float64)
+    reward = settings.reward
+    beta = reward.option("beta") if reward.method == "hbpo" else OPTIONS["hbpo"]["beta"]
+    ceiling_N = reward.method_weight * budget_ceiling(budget_N, max_length=settings.rollout.max_length, beta=beta).double()
+    about_length = length_parts(reward)
+    return ScoredBatch(
+        reward_N=torch.tensor([reward.total for reward in rewards], dtype=torch.float64),
+        group_N=group_N,
+        budget_N=budget_N,
+        ceiling_N=ceiling_N,
+        length_reward_N=torch.tensor(
+            [math.fsum(v for name, v in r.parts.items() if name in about_length) for r in rewards], dtype=torch.float64
+        ),
+        correct_N=torch.tensor([m.verdict.is_correct for m in members], dtype=torch.bool),
+        length_N=torch.tensor([m.rollout.length for m in members], dtype=torch.float64),
+        max_length=settings.rollout.max_length,
+    )
 
 
 def sample_record(member: Scored, advantage: float) -> dict[str, object]:
@@ -78,6 +104,7 @@ def sample_record(member: Scored, advantage: float) -> dict[str, object]:
         "budget_kind": lease.budget.kind.value,
         "length": member.rollout.length,
         "verdict": member.verdict.status.value,
+        "evidence": member.verdict.evidence,
         "extracted": member.verdict.extracted,
         "reward": None if member.reward is None else dict(member.reward.parts),
         "advantage": advantage,
@@ -85,17 +112,25 @@ def sample_record(member: Scored, advantage: float) -> dict[str, object]:
     }
 
 
-def check_scored(collected: Collected, limit: float) -> None:
-    """Raise when more than ``limit`` of a step's answers got no verdict: learning from the rest would be biased."""
+def unscored_error(collected: Collected, limit: float) -> BudgetRLError | None:
+    """What to raise when more than ``limit`` of a step's answers got no verdict: learning from the rest would be biased."""
     members = [m for group in collected.groups for m in group.members]
-    unscored = [m for m in members if m.reward is None]
+    unscored = unscored_members(collected)
     total = len(members) + len(collected.lost)
-    if len(unscored) == len(members) or (len(unscored) + len(collected.lost)) > limit * total:
-        example = unscored[0].verdict.evidence if unscored else collected.lost[0]
-        raise BudgetRLError(
-            f"{len(unscored) + len(collected.lost)} of {total} answers could not be scored (limit {limit:.0%}); first: {example}",
-            fix="raise reward.grade_deadline_s if graders are slow, or reward.max_unscored to go on regardless",
-        )
+    if len(unscored) < len(members) and len(unscored) + len(collected.lost) <= limit * total:
+        return None
+    example = unscored[0].verdict.evidence if unscored else collected.lost[0]
+    return BudgetRLError(
+        f"{len(unscored) + len(collected.lost)} of {total} answers could not be scored (limit {limit:.0%}); first: {example}",
+        fix="look at unscored.jsonl in the run's folder; raise reward.grade_deadline_s or reward.function_deadline_s if graders "
+        "or functions are slow, or reward.max_unscored to go on regardless",
+    )
+
+
+def unscored_members(collected: Collected) -> list[Scored]:
+    """The answers that no grader could judge, the longest first: these are the likeliest to have upset it."""
+    members = [m for group in collected.groups for m in group.members if not m.verdict.is_scored]
+    return sorted(members, key=lambda m: -m.rollout.length)
 
 
 def idle_error(metrics: Mapping[str, float], settings: Settings) -> BudgetRLError | None:

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from rl.budget_draws import BITS, between
-from rl.budget_settings import BudgetRange, BudgetSchedule, budget_bounds
+from rl.budget_draws import BITS, between, drawn_effort
+from rl.budget_settings import BudgetEffort, BudgetRange, BudgetSchedule, budget_bounds
 from rl.data import DataError, Problem
 from rl.errors import ConfigError
 from rl.prompts import PromptEncoder
 from rl.settings import RolloutSettings, WarmStartSettings
 from rl.types import Budget
+from rollout.markers import END_THINK
 from rollout.openings import Openings
 
 TRACE_BUDGETS = (32, 48, 64, 96, 128)
@@ -30,6 +31,7 @@ FIX_RATE = 0.3  # of re-checks of a wrong step that put it right: low, so that l
 BREAK_RATE = 0.02  # of re-checks of a right step that make it wrong
 BUDGET_NOISE = 0.2  # the length aimed at is the budget times 1 +- this
 IGNORE_RATE = 0.1  # of budgeted traces that think as if they had no budget
+NO_THINK_SHARE = 0.2  # of traces that answer at once, where members are opened without thinking
 STEP_TOKENS = 7  # of a worked step, about; these two only steer the length towards a budget
 CHECK_TOKENS = 11  # of a re-checked step
 SLIPS = (-2, -1, -1, 1, 1, 2)  # a wrong result is this far off
@@ -91,6 +93,8 @@ def trace_budgets(rollout: RolloutSettings) -> Callable[[random.Random], int] | 
     Beside a list, from the fixed ladder `TRACE_BUDGETS`, so that one warm start serves many lists; else any number between the
     smallest and the largest budget that can occur, spread as the run will spread them.
     """
+    if isinstance(rollout.budgets, BudgetEffort):
+        return None
     source, bounds = rollout.budgets, budget_bounds(rollout.budgets, room=rollout.max_length)
     ladder = [b for b in TRACE_BUDGETS if b <= rollout.max_length]
     if rollout.budget_place == "none" or (isinstance(source, list) and not ladder):
@@ -128,7 +132,8 @@ class _Teacher:
         rate = self._check_rate(rng, budget, steps=len(terms) - 1, prefill=len(prefill))
         working = _Working(terms, rng=rng, error_rate=self._settings.error_rate, encode=self._encode)
         answer = working.write(rate, room=self._rollout.max_length - len(prefill))
-        response = (*prefill, *working.ids, *self._encode(f"</think>{answer}{self._tokenizer.eos_token}"))
+        thinking = () if budget.no_think else (*working.ids, *self._encode(END_THINK))
+        response = (*prefill, *thinking, *self._encode(f"{answer}{self._tokenizer.eos_token}"))
         if len(response) > self._rollout.max_length:
             raise ConfigError(
                 f"rollout.max_length={self._rollout.max_length} is too short for the working of {problem.question!r}, "
@@ -138,14 +143,24 @@ class _Teacher:
         return Trace(prompt_ids=prompt_ids, response_ids=response, budget=budget.tokens, correct=answer == sum(terms))
 
     def _draw_budget(self, rng: random.Random) -> Budget:
+        source, share = self._rollout.budgets, self._settings.budget_share
+        if isinstance(source, BudgetEffort):
+            drawn = rng.choice(source.levels) if source.levels else drawn_effort(source, rng.getrandbits(BITS))
+            return self._openings.effort(drawn) if rng.random() < share else self._openings.free
+        if self._rollout.budgets_name("no_think") and rng.random() < NO_THINK_SHARE:
+            return self._openings.no_think
         if self._budgets is not None and rng.random() < self._settings.budget_share:
             return self._openings.budget(self._budgets(rng))
         return self._openings.free
 
     def _check_rate(self, rng: random.Random, budget: Budget, *, steps: int, prefill: int) -> float:
         """Chance p of each further re-check; p / (1 - p) of them are expected, which is solved for the length aimed at."""
+        usual = self._settings.recheck_rate
+        if budget.effort is not None and rng.random() >= IGNORE_RATE:
+            checks = budget.effort * usual / max(1 - usual, 1 - MAX_RATE)
+            return min(checks / (1 + checks), MAX_RATE)
         if budget.is_free or rng.random() < IGNORE_RATE:
-            return self._settings.recheck_rate
+            return usual
         target = budget.tokens * rng.uniform(1 - BUDGET_NOISE, 1 + BUDGET_NOISE)
         unchecked = prefill + steps * STEP_TOKENS + 4
         expected = max(0.0, target - unchecked) / (steps * (CHECK_TOKENS + STEP_TOKENS))

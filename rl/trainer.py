@@ -13,7 +13,6 @@ from launch.version import project_version
 from rl.checkpointing import Resume, find_resume, take_over
 from rl.cluster import Workforce, check_cluster, connect, disconnect
 from rl.console import Console, redirect_library_chatter
-from rl.evaluation import special_tokens
 from rl.figures import draw_curves, write_table
 from rl.memory_estimate import check_memory, estimate_memory, planned_shape
 from rl.preparation import Inputs, Prepared, find_inputs, prepare_run
@@ -136,7 +135,7 @@ def conduct(run: Run, resume: Resume | None) -> None:
 def start_actors(settings: Settings, workforce: Workforce, prepared: Prepared, stop: StopFlag) -> None:
     """Start engines, reward workers and learner ranks at once and wait for all of them."""
     engines = workforce.launch_engines(prepared.model)
-    scorers = workforce.launch_scorers(special_tokens(prepared.tokenizer))
+    scorers = workforce.launch_scorers(prepared.tokenizer)
     learners = workforce.launch_learners(prepared.model, stop=stop)
     seconds = settings.rollout.start_deadline_s
     wait_for(learners, seconds=seconds, what="learner ranks load the model", stop=stop)

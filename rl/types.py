@@ -16,39 +16,57 @@ import torch
 
 
 class BudgetKind(Enum):
-    """How a budget binds: to be met exactly, not to be exceeded, or absent."""
+    """How a budget binds: tokens to be met exactly or not to be exceeded, none, or an effort relative to the usual length."""
 
     EXACT = "exact"
     AT_MOST = "at_most"
     FREE = "free"
+    EFFORT = "effort"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The token budget one rollout was asked to keep; data, never parsed back out of text."""
+    """What one rollout was asked to spend; data, never parsed back out of text. Raises ValueError where its parts contradict."""
 
     tokens: int
-    """Budget in response tokens, prefill included (hard: of the thinking alone); 0 only for FREE."""
+    """Budget in response tokens, prefill included (hard: of the thinking alone); 0 where there is none: FREE and EFFORT."""
     kind: BudgetKind
     template: str
-    """Words with ``{budget}`` that say it, for example ``<think> I will ... {budget} tokens``."""
+    """Words that say it, with ``{budget}`` or ``{effort}``, for example ``<think> I will ... {budget} tokens``."""
     place: Literal["prefill", "suffix"] = "prefill"
     """Whether the words open the response or end the question."""
     hard: bool = False
     """Whether the engine ends the thinking after so many tokens by forcing ``</think>``."""
+    effort: float | None = None
+    """EFFORT: the length asked for as a multiple of the usual one, above 0 (AEC, arXiv 2510.27042); else None."""
+    no_think: bool = False
+    """FREE: whether the words close the thinking before it begins (AdaptThink, arXiv 2505.13417)."""
+
+    def __post_init__(self) -> None:
+        if (self.effort is not None) != (self.kind is BudgetKind.EFFORT):
+            raise ValueError(f"a budget of kind {self.kind.value} cannot have effort={self.effort}")
+        if self.no_think and self.kind is not BudgetKind.FREE:
+            raise ValueError(f"a member that does not think has no budget, and this one is of kind {self.kind.value}")
 
     @property
     def is_free(self) -> bool:
-        return self.kind is BudgetKind.FREE
+        """Whether no number of tokens was asked for: FREE (with or without thinking) and EFFORT; ``tokens`` is 0 then."""
+        return self.kind in (BudgetKind.FREE, BudgetKind.EFFORT)
 
     @property
     def label(self) -> str:
-        """Name in metrics: ``"64"`` or ``"free"``."""
+        """Name in metrics: ``"64"``, ``"free"``, ``"no_think"``, or ``"x1.50"`` for an effort."""
+        if self.effort is not None:
+            return f"x{self.effort:.2f}"
+        if self.no_think:
+            return "no_think"
         return "free" if self.is_free else str(self.tokens)
 
     @property
     def sentence(self) -> str:
         """The words with the number in them: what opens the response, or ends the question ("" when there are none)."""
+        if self.effort is not None:
+            return self.template.replace("{effort}", f"{self.effort:.2f}")
         return self.template.replace("{budget}", str(self.tokens))
 
 
@@ -125,6 +143,8 @@ class Prompt:
     token_ids: tuple[int, ...]
     entry: str = "{}"
     """JSON of whatever the grader needs beside the answer (a reasoning-gym entry, a data set row)."""
+    other_answers: tuple[str, ...] = ()
+    """Further gold answers; any one is right."""
 
 
 @dataclass(frozen=True)
@@ -216,15 +236,42 @@ class Reward:
 
     total: float
     parts: Mapping[str, float]
+    per_token: tuple[float | None, ...] | None = None
+    """Rewards of single response tokens, beside the total; None where a token (or the whole answer) was given none."""
+
+
+@dataclass(frozen=True)
+class FunctionScore:
+    """What one of the run's own reward functions said about one answer."""
+
+    name: str
+    """Of the function: `name` in `reward.functions`, else the function's own."""
+    status: Literal["ok", "none", "timed_out", "crashed"]
+    """``none``: the function does not apply to this answer. The last two are about the machinery and carry no number."""
+    value: float | None = None
+    """A finite number exactly for ``ok``; per-token rewards are summed."""
+    per_token: tuple[float | None, ...] | None = None
+    """Where the function rewards tokens: one per response token, None for a token that got nothing; else None."""
+    correct: bool | None = None
+    """Whether it calls the answer correct (the `acc` of verl's convention); None where it does not say."""
+    extras: Mapping[str, float] = field(default_factory=dict)
+    """Further numbers for the log."""
+    evidence: str = ""
+    """Why there is no number: the exception, what came back, the deadline."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A rollout with its verdict; ``reward`` is None exactly when the verdict is not scored."""
+    """A rollout with its verdict, and its reward once its group is complete.
+
+    ``reward`` stays None where the verdict carries no score or the run's policy leaves it out: then it is in no loss.
+    """
 
     rollout: Rollout
     verdict: Verdict
-    reward: Reward | None
+    reward: Reward | None = None
+    functions: tuple[FunctionScore, ...] = ()
+    """What the run's own reward functions said, in the order of `reward.functions`."""
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,18 @@ class Opening:
     """Cap on generated tokens."""
 
 
+@dataclass(frozen=True)
+class ExitWords:
+    """What leaves a thinking early."""
+
+    ids: tuple[int, ...]
+    """Token ids of `rollout.exit_template`."""
+    end: int
+    """Id of `</think>`, which is one token."""
+
+
 class Openings:
-    """Turns budgets into token ids by `rollout.budget_template`, `budget_place` and `free_template`.
+    """Turns budgets into token ids by the templates of the settings and `budget_place`.
 
     Without an encoder, questions stay as they are: then `budget_place: suffix` is refused when a prompt is opened.
     """
@@ -45,6 +55,7 @@ class Openings:
         self._encoder = encoder
         self._encoded: dict[str, tuple[int, ...]] = {}
         self.free = Budget(tokens=0, kind=BudgetKind.FREE, template=settings.free_template)
+        self.no_think = Budget(tokens=0, kind=BudgetKind.FREE, template=settings.no_think_template, no_think=True)
 
     def budget(self, tokens: int) -> Budget:
         """The budget of so many tokens, as the settings want it said and kept."""
@@ -54,8 +65,18 @@ class Openings:
             return Budget(tokens, kind, s.free_template, hard=s.hard_budgets)
         return Budget(tokens, kind, s.budget_template, place=said, hard=s.hard_budgets)
 
-    def open(self, prompt: Prompt, budget: Budget) -> Opening:
+    def effort(self, effort: float) -> Budget:
+        """The budget that asks for an effort; its words come behind `<think>`, or end the question."""
+        words = self._settings.effort_template
+        words = words if words[0].isspace() else f" {words}"
+        if self._settings.budget_place == "suffix":
+            return Budget(0, BudgetKind.EFFORT, words, place="suffix", effort=effort)
+        return Budget(0, BudgetKind.EFFORT, THINK + words, effort=effort)
+
+    def open(self, prompt: Prompt, budget: Budget, *, step: int | None = None) -> Opening:
         """Everything a member of this budget starts from; ``prompt`` is the one without words about a budget.
+
+        step: finished steps, which choose the cap of `rollout.length_schedule`; None outside training.
 
         Raises:
             ConfigError: the words cannot be spelt, or leave no room.
@@ -63,7 +84,7 @@ class Openings:
         ids = prompt.token_ids if budget.place == "prefill" else self.prompt_ids(prompt.question, budget)
         prefill = self.prefill_ids(budget, ids)
         opened = prompt if ids is prompt.token_ids else replace(prompt, token_ids=ids)
-        return Opening(budget, opened, prefill, self.max_new_tokens(budget, ids, prefill))
+        return Opening(budget, opened, prefill, self.max_new_tokens(budget, ids, prefill, step=step))
 
     def prompt_ids(self, question: str, budget: Budget) -> tuple[int, ...]:
         """Token ids of the prompt with the budget's words at the end of the question, where they belong there."""
@@ -96,24 +117,51 @@ class Openings:
         """
         return self._encode(budget.sentence, "the end of the question") if budget.place == "suffix" else ()
 
-    def max_new_tokens(self, budget: Budget, prompt_ids: Sequence[int], prefill_ids: Sequence[int]) -> int:
+    def exit_words(self) -> ExitWords:
+        """Token ids of the words that leave a thinking early.
+
+        Raises:
+            ConfigError: the tokenizer cannot spell them, or has no token for `</think>` alone, which is searched for in a path.
+        """
+        ids = self._encode(self._settings.exit_template, "the exit words")
+        end = self._encode(END_THINK, "the end of the thinking")
+        if len(end) != MARKER:
+            raise ConfigError(
+                f"rollout.exits needs {END_THINK} as one token; this vocabulary spells it in {len(end)}",
+                fix="set rollout.exits=0, or use a model that has it",
+            )
+        if end[0] not in ids:
+            raise ConfigError(
+                f"rollout.exit_template={self._settings.exit_template!r} merges {END_THINK} with its neighbours in this "
+                "vocabulary, so that it would not end the thinking",
+                fix=f"write {END_THINK} alone, or with other words around it",
+            )
+        return ExitWords(ids, end[0])
+
+    def max_new_tokens(
+        self, budget: Budget, prompt_ids: Sequence[int], prefill_ids: Sequence[int], *, step: int | None = None
+    ) -> int:
         """Cap on generated tokens, always positive; the only one there is.
 
         ``L - p``, and for a hard budget with `answer_tokens` ``min(L - p, b - s + m + a)``: what is left of the thinking, the
         marker that ends it, and the answer.
 
-        L: `rollout.max_length`; p: tokens of the prefill; b: budget; s: tokens of prompt and prefill behind `<think>`, which the
-        engine counts as thinking; m: tokens of `</think>`, 1; a: `rollout.answer_tokens`. All in tokens.
+        L: `rollout.max_length`, or the cap of `length_schedule` at this step; p: tokens of the prefill; b: budget; s: tokens of
+        prompt and prefill behind `<think>`, which the engine counts as thinking; m: tokens of `</think>`, 1; a:
+        `rollout.answer_tokens`. All in tokens.
 
         Raises:
             ConfigError: nothing is left, for the response, for the thinking under a hard budget, or for the answer after it.
         """
-        longest, answer = self._settings.max_length, self._settings.answer_tokens
+        longest, answer = self._settings.longest_response(step), self._settings.answer_tokens
+        scheduled = longest != self._settings.max_length
+        cap = f"rollout.length_schedule (a cap of {longest} at step {step})" if scheduled else f"rollout.max_length={longest}"
+        key = "the caps of rollout.length_schedule" if scheduled else "rollout.max_length"
         room = longest - len(prefill_ids)
         if room <= 0:
             raise ConfigError(
-                f"rollout.max_length={longest} leaves no room after an opening sentence of {len(prefill_ids)} tokens",
-                fix="raise rollout.max_length, or shorten rollout.budget_template and rollout.free_template",
+                f"{cap} leaves no room after an opening sentence of {len(prefill_ids)} tokens",
+                fix=f"raise {key}, or shorten the sentence (rollout.budget_template and its like)",
             )
         if not budget.hard:
             return room
@@ -126,8 +174,8 @@ class Openings:
         closed = budget.tokens - begun + MARKER
         if closed >= room:
             raise ConfigError(
-                f"rollout.max_length={longest} leaves no room for an answer after a hard budget of {budget.tokens} tokens",
-                fix=f"raise rollout.max_length to {longest + closed - room + 1} or more, or lower the largest of rollout.budgets",
+                f"{cap} leaves no room for an answer after a hard budget of {budget.tokens} tokens",
+                fix=f"raise {key} to {longest + closed - room + 1} or more, or lower the largest of rollout.budgets",
             )
         return room if answer is None else min(room, closed + answer)
 

@@ -35,6 +35,14 @@ def make_budget(tokens: int | None = None) -> Budget:
     return Budget(tokens=tokens, kind=BudgetKind.EXACT, template=TEMPLATE)
 
 
+def make_effort(effort: float) -> Budget:
+    """A budget relative to the usual length."""
+    return Budget(tokens=0, kind=BudgetKind.EFFORT, template="<think> effort {effort}", effort=effort)
+
+
+NO_THINK = Budget(tokens=0, kind=BudgetKind.FREE, template="<think></think>", no_think=True)
+
+
 def make_opening(index: int = 0, budget: Budget | None = None, *, prefill_ids: Sequence[int] = (), room: int = 64) -> Opening:
     """What a member of prompt ``q<index>`` starts from, with ``room`` tokens for prefill and answer."""
     chosen = make_budget() if budget is None else budget
@@ -47,7 +55,7 @@ def make_lease(
     group: int = 0,
     member: int = 0,
     step: int = 0,
-    budget: int | None = None,
+    budget: int | Budget | None = None,
     prefill_ids: Sequence[int] = (),
     temperature: float = 1.0,
     attempt: int = 0,
@@ -57,7 +65,7 @@ def make_lease(
         ticket=f"{step:06d}.{group:04d}.{member:03d}",
         prompt=make_prompt(group) if prompt is None else prompt,
         member=member,
-        budget=make_budget(budget),
+        budget=budget if isinstance(budget, Budget) else make_budget(budget),
         shaping=Shaping(temperature),
         prefill_ids=tuple(prefill_ids),
         max_new_tokens=64 - len(prefill_ids),
@@ -103,7 +111,7 @@ def make_scored(
     return Scored(make_rollout() if rollout is None else rollout, verdict, given)
 
 
-def make_group(index: int, rewards: Sequence[float | None], *, budgets: Sequence[int | None] | None = None) -> Group:
+def make_group(index: int, rewards: Sequence[float | None], *, budgets: Sequence[int | Budget | None] | None = None) -> Group:
     """Group number ``index`` with one member per reward: None is an answer that was not scored, 0 a wrong one."""
     members = []
     for m, reward in enumerate(rewards):

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.config import find_config
+from rl.bootstrap import Interval, aligned, common_problems, difference, paired_bootstrap, ratio
 from rl.errors import BudgetRLError
 from rl.run_folder import read_lines, replace_text
-from tests.benchmarks.bootstrap import Interval, aligned, common_problems, difference, paired_bootstrap, ratio, worst_window
 from tests.benchmarks.our_side import ROOT, BenchmarkError, train
 
 WINDOW = 30
@@ -170,6 +170,20 @@ def read_evaluation(folder: Path, step: int) -> dict[str, dict[str, float]]:
     if not path.exists():
         raise BenchmarkError(f"there is no {path}: the run has not got that far", fix="run it without --report-only")
     return json.loads(path.read_text(encoding="utf-8"))["results"]["free"]
+
+
+def worst_window(values: Sequence[float], width: int) -> tuple[float, int]:
+    """Smallest mean of ``width`` successive values (all of them if there are fewer) and the index of its first value.
+
+    Raises ValueError for no values or a width below 1.
+    """
+    if not len(values) or width < 1:
+        raise ValueError(f"{len(values)} values have no window of {width}")
+    width = min(width, len(values))
+    total = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
+    mean = (total[width:] - total[:-width]) / width
+    start = int(mean.argmin())
+    return float(mean[start]), start
 
 
 # -- judging -----------------------------------------------------------------------------------------------------------------

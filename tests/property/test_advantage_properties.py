@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from rl.advantage import compute, group_normalised, hierarchical, token_level_group_average
 from rl.settings import AdvantageSettings
+from tests.batches import scored_batch
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 VARIANTS = [
@@ -63,8 +64,8 @@ def test_the_vectorised_form_equals_the_formula_written_member_by_member(batch: 
 def test_the_order_of_the_members_does_not_matter(batch: Batch, settings: AdvantageSettings, seed: int) -> None:
     reward, budget, ceiling, _, group = batch
     order = torch.randperm(len(reward), generator=torch.Generator().manual_seed(seed))
-    advantage = compute(reward, group, budget, ceiling, settings)
-    shuffled = compute(reward[order], group[order], budget[order], ceiling[order], settings)
+    advantage = compute(scored_batch(reward, group, budget, ceiling), settings)
+    shuffled = compute(scored_batch(reward[order], group[order], budget[order], ceiling[order]), settings)
     torch.testing.assert_close(shuffled, advantage[order], atol=1e-4, rtol=1e-4)
 
 
@@ -72,14 +73,15 @@ def test_the_order_of_the_members_does_not_matter(batch: Batch, settings: Advant
 def test_the_names_of_groups_and_budgets_do_not_matter(batch: Batch, settings: AdvantageSettings) -> None:
     reward, budget, ceiling, _, group = batch
     renamed_group, renamed_budget = 1000 - group * 7, torch.where(torch.isinf(budget), 5.0, 1000.0 - budget)
-    advantage = compute(reward, group, budget, ceiling, settings)
-    torch.testing.assert_close(compute(reward, renamed_group, renamed_budget, ceiling, settings), advantage, atol=1e-4, rtol=1e-4)
+    advantage = compute(scored_batch(reward, group, budget, ceiling), settings)
+    renamed = compute(scored_batch(reward, renamed_group, renamed_budget, ceiling), settings)
+    torch.testing.assert_close(renamed, advantage, atol=1e-4, rtol=1e-4)
 
 
 @given(batch=batches(), settings=variants)
 def test_every_advantage_is_finite_and_missing_members_have_none(batch: Batch, settings: AdvantageSettings) -> None:
     reward, budget, ceiling, _, group = batch
-    advantage = compute(reward, group, budget, ceiling, settings)
+    advantage = compute(scored_batch(reward, group, budget, ceiling), settings)
     assert advantage.dtype == torch.float32 and torch.isfinite(advantage).all()
     assert not advantage[torch.isnan(reward)].any()
 
@@ -88,8 +90,8 @@ def test_every_advantage_is_finite_and_missing_members_have_none(batch: Batch, s
 def test_removing_the_missing_members_changes_nothing_for_the_rest(batch: Batch, settings: AdvantageSettings) -> None:
     valid = ~torch.isnan(batch[0])
     reward, budget, ceiling, _, group = batch
-    whole = compute(reward, group, budget, ceiling, settings)[valid]
-    rest = compute(reward[valid], group[valid], budget[valid], ceiling[valid], settings)
+    whole = compute(scored_batch(reward, group, budget, ceiling), settings)[valid]
+    rest = compute(scored_batch(reward[valid], group[valid], budget[valid], ceiling[valid]), settings)
     torch.testing.assert_close(rest, whole, atol=1e-4, rtol=1e-4)
 
 
@@ -119,7 +121,7 @@ def test_group_advantages_add_up_to_zero(batch: Batch) -> None:
 @given(batch=batches(), estimator=st.sampled_from([v for v in VARIANTS if v.centre != "none"]))
 def test_centred_advantages_add_up_to_zero(batch: Batch, estimator: AdvantageSettings) -> None:
     reward, budget, ceiling, _, group = batch
-    advantage = compute(reward, group, budget, ceiling, estimator).double()
+    advantage = compute(scored_batch(reward, group, budget, ceiling), estimator).double()
     assert abs(advantage.sum()) < 1e-3
     if estimator.centre == "group":
         assert all(abs(advantage[group == name].sum()) < 1e-3 for name in group.unique())

@@ -7,12 +7,12 @@ from typing import Any, Literal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rl.budget_draws import Turn, between, remembered_budget
-from rl.budget_settings import BudgetMemory, BudgetSchedule, scheduled_budget
+from rl.budget_draws import Turn, between, drawn_effort, remembered_budget
+from rl.budget_settings import BudgetEffort, BudgetMemory, BudgetSchedule, hundredths, length_cap, scheduled_budget
 from rl.embedded import VOCABULARY, tiny_tokenizer
 from rl.memory import CorrectLengths, PromptMemory
 from rl.settings import RolloutSettings
-from rl.step_metrics import octave
+from rl.step_metrics import half_octave, octave
 from rl.types import Prompt
 from rollout.budgets import BudgetPlan
 
@@ -135,3 +135,46 @@ def test_a_bin_of_budgets_holds_its_number_and_bins_do_not_overlap(tokens: int) 
     assert int(low) <= tokens <= int(high or low)
     assert octave(int(low)) == octave(int(high or low)) == octave(tokens)
     assert octave(int(high or low) + 1) != octave(tokens)
+
+
+EFFORTS = st.integers(1, 10_000).map(lambda n: n / 100)
+
+
+@given(ends=st.tuples(EFFORTS, EFFORTS).map(sorted), bits=BITS, more=BITS)
+def test_a_drawn_effort_lies_in_its_range_grows_with_its_bits_and_is_said_exactly(
+    ends: list[float], bits: int, more: int
+) -> None:
+    source = BudgetEffort(kind="effort", low=ends[0], high=ends[1])
+    small, large = (drawn_effort(source, b) for b in sorted((bits, more)))
+    assert ends[0] <= small <= large <= ends[1]
+    assert (drawn_effort(source, 0), drawn_effort(source, 2**64 - 1)) == (ends[0], ends[1])
+    assert float(f"{small:.2f}") == small
+
+
+@given(effort=EFFORTS)
+def test_a_bin_of_efforts_holds_its_number_and_bins_do_not_overlap(effort: float) -> None:
+    low, high = (float(end) for end in half_octave(effort)[1:].split("-"))
+    assert low <= effort <= high
+    assert half_octave(low) == half_octave(high) == half_octave(effort)
+    assert half_octave((hundredths(high) + 1) / 100) != half_octave(effort)
+    assert hundredths(high) == hundredths(low) or high / low < 2**0.5
+
+
+@given(
+    firsts=st.lists(st.integers(1, 999), max_size=6, unique=True).map(sorted),
+    caps=st.lists(st.integers(20, 999), min_size=7, max_size=7, unique=True).map(lambda caps: sorted(caps, reverse=True)),
+    step=st.integers(0, 1200),
+)
+def test_a_cap_never_rises_and_is_the_room_of_prefill_and_generated_tokens_together(
+    firsts: list[int], caps: list[int], step: int
+) -> None:
+    schedule = list(zip([0, *firsts], caps, strict=False))
+    values = {"budgets": [16, "free"], "samples_per_prompt": 2, "max_length": 1000, "length_schedule": schedule}
+    plan = BudgetPlan(RolloutSettings.model_validate(values), TOKENIZER)
+    prompt = Prompt(id="q", question="", answer="", token_ids=(5,))
+    for budget in plan.levels():
+        now, later = (plan.open(prompt, budget, step=s) for s in (step, step + 1))
+        assert len(now.prefill_ids) + now.max_new_tokens == length_cap(schedule, step)
+        assert now.max_new_tokens >= later.max_new_tokens
+        assert (now.max_new_tokens == later.max_new_tokens) == (step + 1 not in firsts)
+        assert plan.open(prompt, budget).max_new_tokens == 1000 - len(now.prefill_ids)

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 
 import kernels
 from reward.budget import budget_ceiling, hbpo
-from rl.advantage import ADVANTAGES, compute, group_normalised, hierarchical, token_level_group_average
+from rl.advantage import (
+    ADVANTAGES,
+    batch_normalised,
+    compute,
+    decoupled,
+    group_centred,
+    group_normalised,
+    guarded,
+    hierarchical,
+    leave_one_out,
+    token_level_group_average,
+)
 from rl.settings import AdvantageSettings
+from tests.batches import scored_batch
 
 NAN = math.nan
 BUDGET = torch.tensor([512.0, 512.0, 1024.0, 1024.0, 2048.0, 2048.0, 2560.0, 2560.0])
@@ -119,14 +132,14 @@ def test_the_guard_can_be_switched_off_and_acts_on_its_own_group_only() -> None:
 
 def test_the_estimators_are_reached_by_the_name_in_the_settings() -> None:
     reward = _worked_reward()
-    assert set(ADVANTAGES) == {"group_normalised", "hierarchical"}
-    _close(compute(reward, ONE_GROUP, BUDGET, CEILING, AdvantageSettings(estimator="hierarchical")), PAPER)
-    grpo = compute(reward, ONE_GROUP, BUDGET, CEILING, AdvantageSettings())
+    assert set(ADVANTAGES) == set(get_args(AdvantageSettings.model_fields["estimator"].annotation))
+    _close(compute(scored_batch(reward, ONE_GROUP, BUDGET, CEILING), AdvantageSettings(estimator="hierarchical")), PAPER)
+    grpo = compute(scored_batch(reward, ONE_GROUP, BUDGET, CEILING), AdvantageSettings())
     _close(grpo, group_normalised(reward, ONE_GROUP))
     assert not torch.allclose(grpo, PAPER)
 
 
-def test_centring_subtracts_the_mean_of_the_valid_members_of_the_group_or_of_the_batch() -> None:
+def test_centring_subtracts_the_mean_of_the_valid_members_of_the_group_or_of_thescored_batch() -> None:
     reward = torch.tensor([3.0, 1.0, NAN, 0.0, 0.0, 2.0])
     group = torch.tensor([4, 4, 4, 8, 8, 8])
     budget, ceiling = torch.full((6,), 64.0), torch.full((6,), 3.5)
@@ -134,8 +147,8 @@ def test_centring_subtracts_the_mean_of_the_valid_members_of_the_group_or_of_the
     settings = AdvantageSettings(estimator="hierarchical", centre="batch")
     valid = ~torch.isnan(reward)
     expected = torch.where(valid, plain - plain[valid].mean(), 0.0)
-    _close(compute(reward, group, budget, ceiling, settings), expected)
-    by_group = compute(reward, group, budget, ceiling, settings.model_copy(update={"centre": "group"}))
+    _close(compute(scored_batch(reward, group, budget, ceiling), settings), expected)
+    by_group = compute(scored_batch(reward, group, budget, ceiling), settings.model_copy(update={"centre": "group"}))
     assert by_group[2] == 0.0
     _close(torch.stack([by_group[:2].sum(), by_group[3:].sum()]), [0.0, 0.0])
     _close(by_group[:2], plain[:2] - plain[:2].mean())
@@ -148,17 +161,17 @@ def test_spread_divides_the_subgroup_term_by_the_groups_spread() -> None:
     assert std == pytest.approx(1.594537, abs=1e-5)
     intra = torch.tensor([-0.056152, -1.847759, -0.396095, -1.111140]).repeat_interleave(2)
     inter = group_normalised(reward, ONE_GROUP)
-    _close(compute(reward, ONE_GROUP, BUDGET, CEILING, settings), inter + intra / std)
+    _close(compute(scored_batch(reward, ONE_GROUP, BUDGET, CEILING), settings), inter + intra / std)
 
 
 def test_spread_leaves_flat_groups_alone_and_bounds_nearly_flat_ones() -> None:
     settings = AdvantageSettings(estimator="hierarchical", intra_scale="spread")
-    assert compute(torch.zeros(8), ONE_GROUP, BUDGET, CEILING, settings).tolist() == [0.0] * 8
+    assert compute(scored_batch(torch.zeros(8), ONE_GROUP, BUDGET, CEILING), settings).tolist() == [0.0] * 8
     reward = torch.zeros(8)
     reward[0] = 1e-4
     inter = group_normalised(reward, ONE_GROUP)
     bound = 7 / math.sqrt(8)
-    _close(compute(reward, ONE_GROUP, BUDGET, CEILING, settings), inter - bound)
+    _close(compute(scored_batch(reward, ONE_GROUP, BUDGET, CEILING), settings), inter - bound)
 
 
 def test_bad_arguments_are_named() -> None:
@@ -182,5 +195,98 @@ def test_bad_arguments_are_named() -> None:
 def test_an_empty_batch_gives_an_empty_result() -> None:
     none, ids = torch.ones(0), torch.zeros(0, dtype=torch.int64)
     settings = AdvantageSettings(estimator="hierarchical", centre="batch")
-    assert compute(none, ids, none, none, settings).shape == (0,)
+    assert compute(scored_batch(none, ids, none, none), settings).shape == (0,)
     assert token_level_group_average(none, none, ids).shape == (0,)
+
+
+# -- the two guards: what a reward for length does without them, and with them ---------------------------------------------
+
+TWO = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+LENGTHS = torch.tensor([400.0, 600, 800, 1000, 1200, 1400, 1600, 2000])
+
+
+def test_without_the_guard_a_wrong_but_shorter_answer_is_trained_as_hard_as_a_right_one() -> None:
+    penalty = -1e-4 / 8 * LENGTHS  # ALP where nothing is right: beta max(p, 1/K) n with beta 1e-4 and K = 8
+    wrong = torch.zeros(8, dtype=torch.bool)
+    plain = group_normalised(penalty, ONE_GROUP)
+    assert float(plain.max()) > 1.3 and float(plain.min()) < -1.5
+    assert guarded(penalty, penalty, wrong, ONE_GROUP).tolist() == [0.0] * 8
+    settings = AdvantageSettings()
+    batch = scored_batch(penalty, ONE_GROUP, length_reward_N=penalty, correct_N=wrong)
+    assert compute(batch, settings).tolist() == [0.0] * 8
+    _close(compute(batch, settings.model_copy(update={"length_guard": False})), plain)
+
+
+def test_where_all_are_right_the_guard_leaves_a_length_reward_at_its_natural_size() -> None:
+    penalty = -1e-4 * LENGTHS
+    reward = 1.0 + penalty
+    right = torch.ones(8, dtype=torch.bool)
+    assert float(group_normalised(reward, ONE_GROUP).max()) > 1.3
+    _close(guarded(reward, penalty, right, ONE_GROUP), penalty - penalty.mean())
+
+
+def test_where_some_are_right_the_guard_changes_nothing() -> None:
+    penalty = -1e-4 * LENGTHS
+    right = torch.tensor([True, False] * 4)
+    reward = right + penalty
+    _close(guarded(reward, penalty, right, TWO), group_normalised(reward, TWO))
+
+
+def test_the_guard_lets_other_parts_speak_where_all_are_wrong() -> None:
+    form = torch.tensor([0.0, -1.0, 0.0, 0.0])
+    penalty = torch.tensor([-0.3, 0.0, 0.0, 0.0])
+    wrong, group = torch.zeros(4, dtype=torch.bool), torch.zeros(4, dtype=torch.int64)
+    _close(guarded(form + penalty, penalty, wrong, group), group_normalised(form, group))
+
+
+def test_the_guard_leaves_members_without_a_reward_out_of_everything() -> None:
+    reward = torch.tensor([0.9, 0.7, NAN, NAN])
+    penalty = torch.tensor([-0.1, -0.3, NAN, -5.0])
+    right, group = torch.tensor([True, True, False, False]), torch.zeros(4, dtype=torch.int64)
+    _close(guarded(reward, penalty, right, group), [0.1, -0.1, 0.0, 0.0])
+
+
+def test_a_linear_penalty_punishes_a_long_correct_answer_and_the_decoupled_advantage_does_not() -> None:
+    # The worked group of 500, 1000, 6000 right and 700, 900, 3000 wrong tokens.
+    length = torch.tensor([500.0, 1000, 6000, 700, 900, 3000])
+    right = torch.tensor([True, True, True, False, False, False])
+    group = torch.zeros(6, dtype=torch.int64)
+    advantage = decoupled(right, length, group, scale=8192, tau=0.5)
+    _close(advantage, [1.276025, 1.129392, 0.333196, -0.912869, -0.912869, -0.912869])
+    assert float((advantage[:3] / group_normalised(right.double(), group)[:3]).mean()) == pytest.approx(1.0)
+
+
+def test_the_decoupled_advantage_keeps_its_sign_for_answers_of_any_length_and_takes_its_scale_from_the_cap() -> None:
+    length = torch.tensor([10.0, 10_000_000, 20, 30])
+    right, group = torch.tensor([True, True, False, False]), torch.zeros(4, dtype=torch.int64)
+    advantage = decoupled(right, length, group, scale=100, tau=0.1)
+    assert (advantage[:2] >= 0).all() and bool(torch.isfinite(advantage).all())
+    batch = scored_batch(right.double(), group, correct_N=right, length_N=length, max_length=100)
+    _close(compute(batch, AdvantageSettings(estimator="decoupled", tau=0.1)), advantage)
+    only_right = decoupled(torch.ones(4, dtype=torch.bool), length, group)
+    assert only_right.tolist() == [0.0] * 4
+    with pytest.raises(ValueError, match=r"tau=0\.0 must be above 0"):
+        decoupled(right, length, group, tau=0.0)
+
+
+# -- the plainer estimators -------------------------------------------------------------------------------------------------
+
+
+def test_centred_leave_one_out_and_batch_normalised_advantages_by_hand() -> None:
+    reward = torch.tensor([1.0, 0.0, 0.0, NAN, 1.0, 1.0, 1.0, 0.0])
+    _close(group_centred(reward, TWO), [2 / 3, -1 / 3, -1 / 3, 0.0, 0.25, 0.25, 0.25, -0.75])
+    _close(leave_one_out(reward, TWO), [1.0, -0.5, -0.5, 0.0, 1 / 3, 1 / 3, 1 / 3, -1.0])
+    # Seven rewards, four of them 1: mean 4/7, sample std sqrt(2/7).
+    std = math.sqrt(2 / 7)
+    expected = [(r - 4 / 7) / std for r in (1.0, 0.0, 0.0)] + [0.0] + [(r - 4 / 7) / std for r in (1.0, 1.0, 1.0, 0.0)]
+    _close(batch_normalised(reward), expected)
+    batch = scored_batch(reward, TWO)
+    _close(compute(batch, AdvantageSettings(estimator="reward")), reward.nan_to_num())
+
+
+def test_a_success_on_a_hard_prompt_and_a_failure_on_an_easy_one_weigh_more_under_the_lead_weight() -> None:
+    reward = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0])
+    plain = group_normalised(reward, TWO)
+    weighted = compute(scored_batch(reward, TWO), AdvantageSettings(difficulty_weight="lead"))
+    # Positive advantages by the pass rates 1/4 and 3/4, the others by the failure rates 3/4 and 1/4.
+    _close(weighted, plain * torch.tensor([1.492638] + [0.95] * 3 + [0.95] * 3 + [1.492638]))

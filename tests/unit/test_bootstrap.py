@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tests.benchmarks.bootstrap import aligned, common_problems, difference, paired_bootstrap, ratio, worst_window
+from rl.bootstrap import aligned, common_problems, difference, paired_bootstrap, ratio
+from tests.benchmarks.learning import worst_window
 
 GRIDS = hnp.arrays(np.float64, st.tuples(st.integers(1, 4), st.integers(1, 12)), elements=st.floats(0.125, 1.0))
 

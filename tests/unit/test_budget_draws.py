@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
-from rl.budget_draws import Turn, between, middle, remembered_budget
-from rl.budget_settings import BudgetMemory, BudgetRange
+from rl.budget_draws import Turn, between, dealt_level, distinct, drawn_effort, middle, remembered_budget
+from rl.budget_settings import BudgetEffort, BudgetMemory, BudgetRange
 from rl.memory import CorrectLengths
 
 LAST = 2**64 - 1
@@ -51,6 +51,8 @@ def test_the_bits_of_a_turn_are_those_of_its_name() -> None:
     # hashlib.sha256(b"budget|3|7|2:abc|group").hexdigest()[:16] and the same with member 1
     assert TURN.bits() == 0x25BC21B36E4A94E2
     assert TURN.bits(1) == 0x62599F26F81615A8
+    # hashlib.sha256(b"exit|3|7|2:abc|1").hexdigest()[:16]: a place in the thinking says nothing about a budget
+    assert TURN.bits(1, what="exit") == 0x81B6FE6D3BE61817
 
 
 def test_every_part_of_a_turn_changes_the_draw() -> None:
@@ -96,3 +98,53 @@ def test_a_remembered_budget_is_so_many_times_the_statistic_within_floor_and_roo
 def test_a_prompt_without_a_correct_answer_gets_the_start() -> None:
     assert remembered_budget(memory(factor=0.1), None, room=160) == 64
     assert remembered_budget(memory(), None, room=50) == 50
+
+
+# -- efforts -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "effort"), [(0, 0.5), (2**62, 0.78), (2**63, 1.22), (3 * 2**62, 1.92), (LAST, 3.0)])
+def test_an_effort_is_a_log_uniform_number_of_hundredths(bits: int, effort: float) -> None:
+    # 50 * (301 / 50)^(bits / 2^64): 50, 78.3, 122.7, 192.2, 300.9
+    assert drawn_effort(BudgetEffort(kind="effort"), bits) == effort
+
+
+def test_as_many_efforts_lie_below_one_as_the_range_has_octaves_there() -> None:
+    source = BudgetEffort(kind="effort", low=0.5, high=2)
+    drawn = [drawn_effort(source, Turn(0, step, 0, "q").bits()) for step in range(4000)]
+    assert sum(effort < 1 for effort in drawn) / len(drawn) == pytest.approx(0.5, abs=0.03)
+
+
+def test_levels_are_dealt_to_the_prompts_of_a_step_in_turn_and_the_next_step_begins_one_further() -> None:
+    dealt = [[dealt_level([0.5, 1.0, 2.0], Turn(0, step, place, "q")) for place in range(4)] for step in range(2)]
+    assert dealt == [[0.5, 1.0, 2.0, 0.5], [1.0, 2.0, 0.5, 1.0]]
+
+
+# -- different numbers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bits", "chosen"),
+    [
+        ((2**63, 2**63), (12, 14)),  # of 0 to 3 the 2; of 0 to 4 again the 2, so the last one, 4
+        ((0, LAST), (10, 14)),
+        ((LAST, 0), (10, 13)),
+        ((2**62,), (11,)),
+    ],
+)
+def test_different_numbers_are_drawn_by_hand_as_by_floyd(bits: tuple[int, ...], chosen: tuple[int, ...]) -> None:
+    assert distinct(10, 14, bits) == chosen
+
+
+def test_a_range_too_small_for_its_draws_gives_all_it_has() -> None:
+    assert distinct(3, 5, [LAST] * 3) == (3, 4, 5)
+    assert distinct(3, 4, [LAST] * 3) == (3, 4)
+    assert distinct(3, 2, [LAST] * 3) == ()
+    assert distinct(3, 1, [LAST] * 3) == ()
+
+
+def test_every_pair_of_numbers_is_drawn_alike() -> None:
+    turns = [Turn(0, step, 0, "q") for step in range(6000)]
+    pairs = Counter(distinct(1, 4, [turn.bits(m, what="exit") for m in range(2)]) for turn in turns)
+    assert len(pairs) == 6
+    assert list(pairs.values()) == pytest.approx([1000] * 6, abs=120)

@@ -169,6 +169,27 @@ def test_a_row_without_an_answer_is_refused(tmp_path: Path, cache: None) -> None
         load_problems(DataSettings(source=str(path), held_out=1))
 
 
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl"])
+def test_a_list_of_answers_gives_several_golds_in_its_order(name: str, tmp_path: Path, cache: None) -> None:
+    path = tmp_path / name
+    rows = [{"question": "Half?", "answer": ["1/2", "0.5"]}, {"question": "One?", "answer": ["1"]}]
+    if name.endswith("parquet"):
+        Dataset.from_list(rows).to_parquet(str(path))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems = load_problems(DataSettings(source=str(path), held_out=1))
+    golds = {p.question: (p.answer, p.other_answers) for p in problems.held_out + problems.train}
+    assert golds == {"Half?": ("1/2", ("0.5",)), "One?": ("1", ())}
+
+
+@pytest.mark.parametrize("answers", ["[]", '["1", null]'])
+def test_a_row_whose_list_of_answers_has_a_gap_is_refused(answers: str, tmp_path: Path, cache: None) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "a", "answer": ["1"]}\n{"question": "b", "answer": ' + answers + "}\n")
+    with pytest.raises(DataError, match="no value in column 'answer'"):
+        load_problems(DataSettings(source=str(path), held_out=1))
+
+
 def test_an_unreachable_hub_says_to_give_a_local_file() -> None:
     script = "from rl.data import *; load_problems(DataSettings(source='some/dataset'))"
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}

@@ -111,6 +111,26 @@ def test_held_out_problems_are_asked_without_a_budget_and_under_a_few_of_the_sou
     assert {(lease.ticket, lease.min_version) for lease in collector.leases} == {(f"999999.0000.00{m}", 9) for m in range(2)}
 
 
+@pytest.mark.parametrize(
+    ("budgets", "labels"),
+    [
+        (["free", "no_think"], ["free", "no_think"]),
+        ({"kind": "effort", "low": 0.5, "high": 1.5}, ["free", "x0.50", "x0.75", "x1.00", "x1.50"]),
+        ({"kind": "effort", "levels": [0.8, 2.0]}, ["free", "x0.80", "x2.00"]),
+    ],
+)
+def test_held_out_problems_are_asked_without_thinking_and_for_the_efforts_of_the_calibration(
+    budgets: object, labels: list[str]
+) -> None:
+    rollout = {"budgets": budgets, "max_length": 160, "effort_template": "I will answer with {effort}"}
+    base = {"model": {"path": "org/name"}, "data": {"source": "x.json"}, "max_steps": 1}
+    settings = Settings.model_validate({**base, "rollout": rollout, "eval": {"samples": 1, "with_budgets": True}})
+    collector = _Collector()
+    plan = BudgetPlan(settings.rollout, tiny_tokenizer())
+    results = evaluate(collector, plan, [make_prompt(0)], settings, version=0)  # pyright: ignore[reportArgumentType]
+    assert [result.label for result in results] == labels
+
+
 @pytest.mark.parametrize(("shaped", "learnt"), [(False, True), (True, True), (True, False)])
 def test_an_evaluation_draws_as_in_training_only_when_it_is_asked_to(
     shaped: bool, learnt: bool, caplog: pytest.LogCaptureFixture

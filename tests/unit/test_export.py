@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from reward.calibration import Calibration
 from rl.export import ExportError, export_checkpoint
 from rl.manifest import CheckpointError, begin, commit
 from rl.sampling_state import SamplingState
@@ -102,6 +103,18 @@ def test_the_card_says_how_budgets_were_drawn(tmp_path: Path, model_folder: Path
     write_checkpoint(tmp_path / "run", 10, model_folder, config=config_of(rollout=rollout))
     card = (export_checkpoint(tmp_path / "run", tmp_path / "model") / "README.md").read_text()
     assert "| token budgets | 100 to 4000, uniform, one per prompt |" in card
+
+
+def test_a_model_asked_for_efforts_leaves_with_their_calibration(tmp_path: Path, model_folder: Path) -> None:
+    points = {"x0.50": (0.5, 30.0), "x1.00": (0.6, 60.0), "x3.00": (0.8, 120.0)}
+    figures = {f"eval/{r}/{what}": v for r, pair in points.items() for what, v in zip(("accuracy", "tokens"), pair, strict=True)}
+    write_checkpoint(tmp_path / "run", 10, model_folder, config=config_of(), state={"metrics": figures})
+    target = export_checkpoint(tmp_path / "run", tmp_path / "out")
+    calibration = Calibration.from_json((target / "effort-calibration.json").read_text())
+    assert calibration.efforts == (0.5, 1.0, 3.0) and calibration.effort_for_tokens(0.5) == pytest.approx(1.0)
+    assert "| 0.5 | 30 | 25.0% | 50.0% | 62.5% |" in (target / "README.md").read_text()
+    write_checkpoint(tmp_path / "plain", 10, model_folder, config=config_of(), state={"metrics": {"eval/accuracy": 0.5}})
+    assert not (export_checkpoint(tmp_path / "plain", tmp_path / "other") / "effort-calibration.json").exists()
 
 
 def test_the_card_says_how_to_decode_as_in_training(tmp_path: Path, model_folder: Path) -> None:

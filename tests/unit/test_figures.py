@@ -56,13 +56,13 @@ def test_the_figure_is_drawn_for_any_length_of_run(tmp_path: Path, steps: int) -
     assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
 
 
-def test_bins_of_budgets_are_in_order_of_their_numbers_and_none_comes_last(tmp_path: Path) -> None:
-    labels = ("free", "512-1023", "64-127", "1", "96", "128-255")
+def test_budgets_are_in_order_of_their_numbers_then_efforts_then_words(tmp_path: Path) -> None:
+    labels = ("no_think", "free", "512-1023", "x1.00-1.41", "64-127", "1", "x0.50", "96", "128-255")
     lines = [
         {"step": s, "train/accuracy": 0.5, "train/tokens": 9.0} | {f"budget/{x}/tokens": 9.0 for x in labels} for s in (1, 2)
     ]
     append_lines(tmp_path / "metrics.jsonl", lines)
-    assert _labels(lines) == ["1", "64-127", "96", "128-255", "512-1023", "free"]
+    assert _labels(lines) == ["1", "64-127", "96", "128-255", "512-1023", "x0.50", "x1.00-1.41", "free", "no_think"]
     draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 0
 

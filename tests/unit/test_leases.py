@@ -8,7 +8,7 @@ import pytest
 
 from rl.coordinator import CloseStep, Coordinator, Generate, RolloutsArrived, Score, ScoresArrived, StepBegan
 from rl.embedded import tiny_tokenizer
-from rl.leases import make_leases, step_leases, ticket_seed
+from rl.leases import Ticket, make_leases, step_leases, ticket_seed
 from rl.memory import PromptMemory
 from rl.prompts import PromptEncoder
 from rl.settings import DataSettings, RolloutSettings
@@ -52,6 +52,20 @@ def test_leases_name_step_prompt_and_member_and_carry_what_they_start_from() -> 
     assert {(lease.min_version, lease.shaping.temperature, lease.attempt) for lease in leases} == {(12, 0.5, 0)}
 
 
+def test_members_may_be_counted_from_another_number_than_zero() -> None:
+    leases = make_leases([[make_opening(0)]], step=12, run_seed=5, shaping=Shaping(), min_version=12, first_member=7)
+    assert [(lease.ticket, lease.member, lease.seed) for lease in leases] == [
+        ("000012.0000.007", 7, ticket_seed(5, 12, "0:q0", 7))
+    ]
+
+
+def test_a_ticket_says_step_place_and_member_and_is_read_back() -> None:
+    assert Ticket.read("000012.0003.007") == Ticket(step=12, position=3, member=7)
+    assert Ticket(12, 3, 7).name == "000012.0003.007"
+    assert Ticket.read(Ticket(999_999, 12_345, 6).name) == Ticket(999_999, 12_345, 6)  # evaluations need more digits
+    assert Ticket(2, 3, 4).seed(1, "q") == ticket_seed(1, 2, "3:q", 4)
+
+
 def test_the_seed_of_a_rollout_is_a_31_bit_number_that_each_part_of_its_name_changes() -> None:
     seeds = [ticket_seed(1, 2, "q", 3), ticket_seed(0, 2, "q", 3), ticket_seed(1, 0, "q", 3), ticket_seed(1, 2, "r", 3)]
     seeds.append(ticket_seed(1, 2, "q", 0))
@@ -76,20 +90,29 @@ def test_a_list_gives_the_leases_it_always_gave() -> None:
         {"kind": "range", "low": 16, "high": 128, "scale": "log_uniform", "per": "member"},
         {"kind": "schedule", "start": 100},
         {"kind": "memory", "start": 64},
+        {"kind": "effort"},
+        {"kind": "effort", "levels": [0.5, 1]},
     ],
 )
 def test_a_step_that_is_tried_again_gets_the_same_leases_whatever_was_drawn_meanwhile(budgets: object) -> None:
-    first = leases_of(budgets)
+    words = {"effort_template": "I will answer with {effort}"}
+    first = leases_of(budgets, **words)
     random.seed(99)
     random.random()
-    assert leases_of(budgets) == first
-    assert leases_of(budgets, run_seed=4) != first
+    assert leases_of(budgets, **words) == first
+    assert leases_of(budgets, run_seed=4, **words) != first
 
 
 def test_drawn_budgets_differ_by_step_by_prompt_and_by_its_place() -> None:
     source = {"kind": "range", "low": 16, "high": 9000}
     drawn = [[lease.budget.tokens for lease in leases_of(source, step=step, max_length=9000)[::4]] for step in range(3)]
     assert len({budget for step in drawn for budget in step}) == 9  # three prompts, one of them twice, in three steps
+
+
+def test_the_cap_of_a_lease_is_that_of_its_step() -> None:
+    falling = {"length_schedule": [[0, 150], [7, 40]]}
+    assert {lease.max_new_tokens for lease in leases_of(["free"], step=6, **falling)} == {149}
+    assert {lease.max_new_tokens for lease in leases_of(["free"], step=7, **falling)} == {39}
 
 
 def test_a_suffix_is_in_the_prompt_of_its_lease_and_in_no_others() -> None:

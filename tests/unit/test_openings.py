@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
 
 from rl.embedded import tiny_tokenizer
 from rl.errors import ConfigError
@@ -13,6 +13,8 @@ from rl.types import BudgetKind, Prompt
 from rollout.openings import Opening, Openings
 
 SUFFIX = {"budget_place": "suffix", "budget_template": " I will answer with {budget} tokens"}
+EFFORT = {"budgets": {"kind": "effort"}, "effort_template": "I will answer with {effort}"}
+SHORT = {"budgets": [16], "max_length": 160, "length_schedule": [[0, 150], [40, 30]]}
 HARD = {"hard_budgets": True, "budget_place": "none"}
 CHAT = "{% for m in messages %}({{ m['content'] }}){% endfor %}{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
 THINKS = "{% for m in messages %}({{ m['content'] }}){% endfor %}<think>{{ '\n' }}"
@@ -127,6 +129,74 @@ def test_a_budget_carries_how_it_binds_and_where_it_is_said() -> None:
     assert (hard.tokens, hard.kind, hard.place, hard.hard) == (64, BudgetKind.AT_MOST, "prefill", True)
 
 
+@pytest.mark.parametrize(
+    ("ending", "opened"),
+    [
+        ("", "<think> I will answer with 0.50"),
+        ("<think>", "<think> I will answer with 0.50"),
+        ("<think>\n", "<think>\nI will answer with 0.50"),
+    ],
+)
+def test_an_effort_is_said_behind_the_think_with_two_decimals(ending: str, opened: str) -> None:
+    said = openings(**EFFORT)
+    assert text(said.open(prompt_of("4 + 3 =" + ending), said.effort(0.5))) == "4 + 3 =" + opened
+
+
+def test_an_effort_may_end_the_question() -> None:
+    said = openings(**EFFORT, budget_place="suffix")
+    opening = said.open(prompt_of(), said.effort(1.25))
+    assert text(opening) == "4 + 3 = I will answer with 1.25<think>"
+    assert opening.prompt.question == "4 + 3 ="
+
+
+def test_words_of_an_effort_that_begin_with_a_line_of_their_own_keep_it() -> None:
+    words = {**EFFORT, "effort_template": "\nI will answer with {effort}"}
+    behind, front = openings(**words, budget_place="suffix"), openings(**words)
+    assert text(behind.open(prompt_of(), behind.effort(2))) == "4 + 3 =\nI will answer with 2.00<think>"
+    assert text(front.open(prompt_of(), front.effort(2))) == "4 + 3 =<think>\nI will answer with 2.00"
+
+
+def test_an_effort_has_no_tokens_and_the_whole_response_as_its_room() -> None:
+    said = openings(**EFFORT)
+    budget = said.effort(0.75)
+    assert (budget.tokens, budget.kind, budget.effort, budget.hard, budget.label) == (0, BudgetKind.EFFORT, 0.75, False, "x0.75")
+    assert said.open(prompt_of(), budget).max_new_tokens == 160 - 10  # <think>, 4 words, a space, 0 . 7 5
+
+
+@pytest.mark.parametrize(
+    ("ending", "opened"),
+    [("", "<think></think>"), ("<think>", "<think></think>"), ("<think>\n", "<think>\n</think>")],
+)
+def test_a_member_that_does_not_think_finds_its_thinking_closed(ending: str, opened: str) -> None:
+    said = openings()
+    opening = said.open(prompt_of("4 + 3 =" + ending), said.no_think)
+    assert text(opening) == "4 + 3 =" + opened
+    assert (opening.budget.is_free, opening.budget.no_think, opening.budget.label) == (True, True, "no_think")
+
+
+def test_a_member_that_does_not_think_has_the_plain_question_beside_a_suffix() -> None:
+    said, prompt = openings(**SUFFIX), prompt_of()
+    assert said.open(prompt, said.no_think).prompt is prompt
+    assert text(said.open(prompt, said.no_think)) == "4 + 3 =<think></think>"
+
+
+def test_exit_words_are_the_template_as_tokens_with_the_end_of_the_thinking_among_them() -> None:
+    words = openings(exit_template=" so</think>\n").exit_words()
+    assert tiny_tokenizer().decode(list(words.ids)) == " so</think>\n"
+    assert words.end == tiny_tokenizer().convert_tokens_to_ids("</think>")
+
+
+def test_exits_need_the_end_of_the_thinking_as_one_token() -> None:
+    with pytest.raises(ConfigError, match="rollout.exits needs </think> as one token; this vocabulary spells it in 8"):
+        Openings(RolloutSettings(), characters()).exit_words()
+    with pytest.raises(ConfigError, match="cannot encode the exit words 'hurry up</think>'"):
+        openings(exit_template="hurry up</think>").exit_words()
+    merging = tiny_tokenizer()
+    merging.add_tokens([AddedToken("</think>\n", normalized=False)])
+    with pytest.raises(ConfigError, match=r"merges </think> with its neighbours"):
+        Openings(RolloutSettings(exit_template="</think>\n"), merging).exit_words()
+
+
 def test_words_the_tokenizer_lacks_are_named_with_their_place() -> None:
     said = openings(budget_template="<think> hurry up, {budget}")
     with pytest.raises(ConfigError, match="cannot encode the opening sentence '<think> hurry up, 32'(?s:.*)budget_template"):
@@ -145,6 +215,23 @@ def test_the_opening_counts_in_the_length() -> None:
     assert len(opening.prefill_ids) == 11  # <think>, 7 words, a space, and 64 in its two digits
     assert opening.max_new_tokens == 149
     assert said.open(prompt_of(), said.free).max_new_tokens == 159
+
+
+@pytest.mark.parametrize(("step", "room"), [(None, 160), (0, 150), (39, 150), (40, 30)])
+def test_the_cap_of_the_step_is_what_a_response_has_in_training(step: int | None, room: int) -> None:
+    said = openings(**SHORT)
+    assert said.open(prompt_of(), said.free, step=step).max_new_tokens == room - 1
+    assert said.open(prompt_of(), said.budget(16), step=step).max_new_tokens == room - 10
+
+
+def test_a_cap_of_the_schedule_that_leaves_no_room_is_named() -> None:
+    said = openings(**{**SHORT, "length_schedule": [[0, 150], [40, 10]], "budgets": [8]})
+    told = r"rollout\.length_schedule \(a cap of 10 at step 40\) leaves no room after an opening sentence of 10 tokens"
+    with pytest.raises(ConfigError, match=told):
+        said.open(prompt_of(), said.budget(16), step=40)
+    hard = openings(**{**SHORT, **HARD})
+    with pytest.raises(ConfigError, match=r"a cap of 30 at step 40\) leaves no room(?s:.*)raise the caps of .* to 31 or more"):
+        hard.open(prompt_of(), hard.budget(28), step=40)
 
 
 def test_an_opening_that_leaves_no_room_is_refused() -> None:

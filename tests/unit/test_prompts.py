@@ -56,6 +56,12 @@ def test_a_template_without_a_question_is_refused() -> None:
         PromptEncoder(tiny_tokenizer(), data(template="the question"))
 
 
+def test_all_reference_answers_and_the_row_travel_with_the_prompt() -> None:
+    several = Problem(question="4 + 3 =", answer="7", entry_json='{"kept": true}', other_answers=("7.0", "14/2"))
+    (prompt,), _ = PromptEncoder(tiny_tokenizer(), data()).encode_all([several])
+    assert (prompt.answer, prompt.other_answers, prompt.entry) == ("7", ("7.0", "14/2"), '{"kept": true}')
+
+
 def test_a_question_outside_the_vocabulary_raises_and_names_itself() -> None:
     with pytest.raises(DataError, match="cannot encode 'four plus three'"):
         PromptEncoder(tiny_tokenizer(), data()).encode("four plus three")

@@ -9,9 +9,19 @@ import pytest
 import torch
 
 from rl.batch import pack_rollouts
-from rl.step_metrics import accuracy_and_tokens, advantage_metrics, budget_labels, kept, learner_metrics, octave, rollout_metrics
+from rl.step_metrics import (
+    accuracy_and_tokens,
+    advantage_metrics,
+    budget_labels,
+    exit_metrics,
+    half_octave,
+    kept,
+    learner_metrics,
+    octave,
+    rollout_metrics,
+)
 from rl.types import Budget, BudgetKind, Group, Scored, VerdictStatus
-from tests.builders import make_budget, make_group, make_lease, make_prompt, make_rollout, make_scored
+from tests.builders import NO_THINK, make_budget, make_effort, make_group, make_lease, make_prompt, make_rollout, make_scored
 
 
 def _groups() -> list[Group]:
@@ -71,6 +81,49 @@ def test_up_to_eight_budgets_are_shown_one_by_one_and_more_by_powers_of_two() ->
     assert set(labels.values()) == {"free", "32-63", "64-127", "128-255"}
 
 
+@pytest.mark.parametrize(
+    ("effort", "label"),
+    [
+        (0.5, "x0.50-0.70"),
+        (0.7, "x0.50-0.70"),
+        (0.71, "x0.71-0.99"),  # sqrt(1/2) = 0.7071
+        (0.99, "x0.71-0.99"),
+        (1.0, "x1.00-1.41"),
+        (1.42, "x1.42-1.99"),  # sqrt(2) = 1.4142
+        (2.83, "x2.83-3.99"),
+        (3.0, "x2.83-3.99"),
+    ],
+)
+def test_a_bin_of_efforts_reaches_from_a_power_of_the_root_of_two_to_the_next(effort: float, label: str) -> None:
+    assert half_octave(effort) == label
+
+
+def test_there_is_no_bin_below_the_smallest_effort() -> None:
+    with pytest.raises(ValueError, match="0.01 or more, got 0.0"):
+        half_octave(0.0)
+
+
+def test_up_to_eight_efforts_are_shown_one_by_one_and_drawn_ones_by_bins() -> None:
+    listed, free = [make_effort(n / 10) for n in range(5, 13)], make_budget()
+    assert set(budget_labels([free, NO_THINK, *listed]).values()) >= {"free", "no_think", "x0.50", "x1.20"}
+    drawn = budget_labels([free, NO_THINK, *listed], binned=True)
+    assert set(drawn.values()) == {"free", "no_think", "x0.50-0.70", "x0.71-0.99", "x1.00-1.41"}
+    assert set(budget_labels([*listed, make_effort(1.3)]).values()) == {"x0.50-0.70", "x0.71-0.99", "x1.00-1.41"}
+
+
+def test_members_that_do_not_think_and_efforts_have_their_own_accuracy_and_tokens_and_keep_nothing() -> None:
+    metrics = rollout_metrics([make_group(0, [1.0, 0.0, 1.0, 0.0], budgets=[None, NO_THINK, NO_THINK, make_effort(0.5)])])
+    assert {name: value for name, value in metrics.items() if name.startswith("budget/")} == {
+        "budget/free/accuracy": 1.0,
+        "budget/free/tokens": 2.0,
+        "budget/no_think/accuracy": 0.5,
+        "budget/no_think/tokens": 2.0,
+        "budget/x0.50/accuracy": 0.0,
+        "budget/x0.50/tokens": 2.0,
+    }
+    assert "train/budget" not in rollout_metrics([make_group(0, [1.0], budgets=[make_effort(0.5)])], drawn=True)
+
+
 def test_drawn_budgets_have_names_that_stay_and_a_mean_that_moves() -> None:
     metrics = rollout_metrics(
         [make_group(0, [1.0, 0.0], budgets=[40, 40]), make_group(1, [1.0, 1.0], budgets=[50, None])], drawn=True
@@ -90,6 +143,36 @@ def test_the_verdict_shares_add_up_to_one() -> None:
 def test_a_group_whose_members_got_the_same_reward_is_flat() -> None:
     groups = [make_group(0, [1.0, 1.0]), make_group(1, [0.0, 0.0]), make_group(2, [1.0, 0.0]), make_group(3, [None, None])]
     assert rollout_metrics(groups)["group/flat"] == 0.75
+
+
+def test_a_group_of_several_efforts_is_flat_where_one_effort_is() -> None:
+    efforts = [make_effort(0.5), make_effort(0.5), make_effort(2), make_effort(2)]
+    assert rollout_metrics([make_group(0, [0.0, 0.0, 1.0, 1.0], budgets=efforts)])["group/flat"] == 1.0
+    assert rollout_metrics([make_group(0, [0.0, 1.0, 1.0, 1.0], budgets=efforts)])["group/flat"] == 0.5
+    assert rollout_metrics([make_group(0, [None] * 4, budgets=efforts), make_group(1, [0.0, 1.0])])["group/flat"] == 0.5
+    assert rollout_metrics([make_group(0, [0.0, 1.0], budgets=[32, 64])])["group/flat"] == 0.0
+
+
+def test_exits_and_the_paths_they_leave_are_shown_apart_and_missing_ones_are_counted() -> None:
+    """Two exits each: the first prompt has both (one right), the second one that nobody could judge, the third lost all."""
+
+    def answer(group: int, member: int, tokens: int, status: VerdictStatus) -> Scored:
+        return make_scored(make_rollout(make_lease(group=group, member=member), generated=(5,) * tokens), status=status)
+
+    right, wrong, hung = VerdictStatus.CORRECT, VerdictStatus.WRONG, VerdictStatus.TIMED_OUT
+    groups = [
+        Group(make_prompt(0), (answer(0, 0, 3, wrong), answer(0, 1, 5, right), answer(0, 2, 9, right))),
+        Group(make_prompt(1), (answer(1, 0, 3, hung), answer(1, 2, 7, wrong))),
+        Group(make_prompt(2), ()),
+    ]
+    assert exit_metrics(groups, exits=2) == {
+        "exits/missing": 0.5,
+        "exits/accuracy": 0.5,
+        "exits/tokens": 4.0,
+        "path/accuracy": 0.5,
+        "path/tokens": 8.0,
+    }
+    assert exit_metrics(groups, exits=0) == {}
 
 
 def test_a_mean_over_nothing_is_not_a_number_rather_than_zero() -> None:

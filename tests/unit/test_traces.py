@@ -173,3 +173,25 @@ def test_the_teacher_reads_a_budget_where_the_run_will_write_it(problems: Sequen
 def test_a_cap_below_the_bare_working_is_refused(problems: Sequence[Problem]) -> None:
     with pytest.raises(ConfigError, match=r"rollout\.max_length=20 is too short for the working"):
         traces(problems, rollout=RolloutSettings(max_length=20))
+
+
+def test_the_teacher_thinks_as_long_as_an_effort_asks_for(problems: Sequence[Problem]) -> None:
+    words = "I will answer the question with {effort}"
+    efforts = {"kind": "effort", "levels": [0.5, 1.0, 3.0]}
+    rollout = RolloutSettings.model_validate({"max_length": 160, "budgets": efforts, "effort_template": words})
+    found = traces(problems, rollout=rollout, budget_share=1.0)
+    lengths = [
+        mean_length([t for t in found if text(t).startswith(f"<think> {words[:-8]}{r}")]) for r in ("0.50", "1.00", "3.00")
+    ]
+    assert 1.25 * lengths[0] < lengths[1] and 1.25 * lengths[1] < lengths[2]
+    asked = [t for t in traces(problems, rollout=rollout, budget_share=0.25) if words[:20] in text(t)]
+    assert len(asked) / len(problems) == pytest.approx(0.25, abs=0.03)
+    assert all(t.budget == 0 for t in found)
+
+
+def test_the_teacher_answers_some_at_once_only_where_members_may_be_opened_without_thinking(problems: Sequence[Problem]) -> None:
+    rollout = RolloutSettings.model_validate({"max_length": 160, "budgets": ["free", "no_think"], "samples_per_prompt": 4})
+    at_once = [t for t in traces(problems, rollout=rollout) if text(t).startswith("<think></think>")]
+    assert len(at_once) / len(problems) == pytest.approx(0.2, abs=0.03)
+    assert all(len(t.response_ids) < 8 for t in at_once) and 0.5 < statistics.mean(t.correct for t in at_once) < 1
+    assert not any(text(t).startswith("<think></think>") for t in traces(problems))

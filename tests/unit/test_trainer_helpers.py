@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from rl.collection import Collected
 from rl.errors import BudgetRLError
 from rl.settings import Settings
-from rl.step_rules import build_batch, check_scored, effective_correction, idle_error, sample_record
+from rl.step_rules import build_batch, effective_correction, idle_error, sample_record, unscored_error, unscored_members
 from rl.types import FinishReason, Group, VerdictStatus
+from tests.batches import with_effort
 from tests.builders import make_group, make_lease, make_prompt, make_rollout, make_scored
 
 HALF = math.sqrt(0.5)
@@ -60,12 +62,54 @@ def test_a_budgeted_member_is_compared_with_its_ceiling_and_a_free_one_is_not() 
     torch.testing.assert_close(advantage_N, torch.tensor([HALF + below_ceiling, -HALF]), atol=1e-5, rtol=0)
 
 
+def test_a_weighted_method_is_compared_with_its_weighted_ceiling() -> None:
+    settings = _settings(
+        reward={"method": "hbpo", "method_weight": 0.25},
+        advantage={"estimator": "hierarchical"},
+        rollout={"max_length": 64, "budgets": [16, "free"], "samples_per_prompt": 2},
+    )
+    ceiling = 4.0 * math.cos(math.pi / 8)
+    _, advantage_N, _ = build_batch((make_group(0, [0.25 * ceiling, 0.25 * ceiling], budgets=[16, 16]),), settings)
+    torch.testing.assert_close(advantage_N, torch.zeros(2), atol=1e-5, rtol=0)
+
+
 def test_the_budget_sentence_is_trained_on_as_configured() -> None:
     lease = make_lease(prefill_ids=(40, 41), budget=16)
     groups = (Group(make_prompt(), (make_scored(make_rollout(lease)),)),)
     for train_prefix, tokens in ((True, 4), (False, 2)):
         batch, _, _ = build_batch(groups, _settings(learner={"train_prefix": train_prefix}))
         assert int(batch.loss_mask_T.sum()) == tokens
+
+
+def test_a_step_whose_every_answer_is_left_out_by_its_policy_is_refused() -> None:
+    masked = replace(make_scored(status=VerdictStatus.TRUNCATED), reward=None)
+    with pytest.raises(BudgetRLError, match="no answer of this step has a reward"):
+        build_batch((Group(make_prompt(), (masked,)),), _settings())
+
+
+def test_members_of_one_prompt_asked_for_different_efforts_are_not_compared() -> None:
+    group = make_group(0, [1.0, 0.0, 1.0, 1.0])
+    efforts = (0.5, 1.0, 0.5, 1.0)
+    members = [
+        replace(m, rollout=replace(m.rollout, lease=with_effort(m.rollout.lease, r)))
+        for m, r in zip(group.members, efforts, strict=True)
+    ]
+    _, advantage_N, _ = build_batch((replace(group, members=tuple(members)),), _settings())
+    torch.testing.assert_close(advantage_N, torch.tensor([0, -HALF, 0, HALF]), atol=1e-5, rtol=0)
+
+
+def test_rewards_of_single_tokens_are_added_to_the_tokens_before_them() -> None:
+    group = make_group(0, [1.0, 0.0])
+    first, second = group.members
+    assert first.reward is not None and second.reward is not None
+    rewarded = (
+        replace(first, reward=replace(first.reward, per_token=(1.0, 3.0))),
+        replace(second, reward=replace(second.reward, per_token=(None, 2.0))),
+    )
+    batch, _, _ = build_batch((replace(group, members=rewarded),), _settings())
+    # Token rewards 1, 3, 2: mean 2, sample std 1.
+    expected = torch.tensor([0, 0, 0, HALF + 0.0, HALF + 1.0, 0, 0, 0, -HALF, -HALF])
+    torch.testing.assert_close(batch.advantage_T, expected, atol=1e-5, rtol=0)
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------------
@@ -76,25 +120,38 @@ def _collected(*rewards: float | None, lost: tuple[str, ...] = ()) -> Collected:
 
 
 def test_a_step_with_as_many_unscored_answers_as_allowed_goes_on() -> None:
-    check_scored(_collected(1.0, 0.0, 0.0, 0.0, None), 0.2)
-    check_scored(_collected(1.0, None, None), 1.0)
+    assert unscored_error(_collected(1.0, 0.0, 0.0, 0.0, None), 0.2) is None
+    assert unscored_error(_collected(1.0, None, None), 1.0) is None
 
 
 def test_a_step_without_any_scored_answer_is_refused_whatever_the_limit() -> None:
-    with pytest.raises(BudgetRLError, match="2 of 2 answers could not be scored"):
-        check_scored(_collected(None, None), 1.0)
+    error = unscored_error(_collected(None, None), 1.0)
+    assert error is not None and "2 of 2 answers could not be scored" in error.cause
 
 
 def test_a_step_with_more_is_refused_with_the_first_cause_and_the_settings_to_change() -> None:
-    with pytest.raises(BudgetRLError) as caught:
-        check_scored(_collected(1.0, 0.0, None, None, 0.0), 0.2)
-    assert caught.value.cause == "2 of 5 answers could not be scored (limit 20%); first: grader needed more than 10 s"
-    assert "reward.grade_deadline_s" in caught.value.fix and "reward.max_unscored" in caught.value.fix
+    error = unscored_error(_collected(1.0, 0.0, None, None, 0.0), 0.2)
+    assert error is not None
+    assert error.cause == "2 of 5 answers could not be scored (limit 20%); first: grader needed more than 10 s"
+    assert all(name in error.fix for name in ("unscored.jsonl", "reward.grade_deadline_s", "reward.max_unscored"))
 
 
 def test_lost_rollouts_count_as_unscored() -> None:
-    with pytest.raises(BudgetRLError, match=r"1 of 3 answers .* first: 000000.0000.002: engine 0 died"):
-        check_scored(_collected(1.0, 0.0, lost=("000000.0000.002: engine 0 died",)), 0.2)
+    error = unscored_error(_collected(1.0, 0.0, lost=("000000.0000.002: engine 0 died",)), 0.2)
+    assert error is not None and error.cause.endswith("first: 000000.0000.002: engine 0 died")
+    assert error.cause.startswith("1 of 3 answers")
+
+
+def test_the_worst_unscored_answers_are_the_longest() -> None:
+    leases = [make_lease(member=m) for m in range(3)]
+    members = [
+        make_scored(make_rollout(lease, generated=range(n)), status=status)
+        for lease, n, status in zip(
+            leases, (2, 9, 5), (VerdictStatus.CRASHED, VerdictStatus.WRONG, VerdictStatus.TIMED_OUT), strict=True
+        )
+    ]
+    collected = Collected((Group(make_prompt(), tuple(members)),), (), 1.0, 1.0)
+    assert [m.rollout.lease.member for m in unscored_members(collected)] == [2, 0]
 
 
 FLAT = {
@@ -174,6 +231,7 @@ def test_a_sample_shows_question_answer_verdict_and_reward_parts() -> None:
         "budget_kind": "exact",
         "length": 3,
         "verdict": "wrong",
+        "evidence": "",
         "extracted": "7",
         "reward": {"correct": 0.0, "budget": 0.5},
         "advantage": -0.25,

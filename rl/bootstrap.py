@@ -35,8 +35,9 @@ def ratio(before: Array, after: Array) -> Array:
     return after / before
 
 
-def paired_bootstrap(before_SP: Array, after_SP: Array, statistic: Statistic, *, draws: int = 10_000, level: float = 0.95,
-                     seed: int = 0) -> Interval:
+def paired_bootstrap(
+    before_SP: Array, after_SP: Array, statistic: Statistic, *, draws: int = 10_000, level: float = 0.95, seed: int = 0
+) -> Interval:
     """Interval of ``statistic(mean before, mean after)`` when seeds and problems are both drawn again.
 
     Every draw takes S seeds and P problems with replacement, independently of each other, and averages over the grid they span:
@@ -79,17 +80,3 @@ def common_problems(results: Sequence[Mapping[str, object]]) -> list[str]:
     if not common:
         raise ValueError("the results share no problem, so nothing can be paired; were they made with different data settings?")
     return sorted(common)
-
-
-def worst_window(values: Sequence[float], width: int) -> tuple[float, int]:
-    """Smallest mean of ``width`` successive values (all of them if there are fewer) and the index of its first value.
-
-    Raises ValueError for no values or a width below 1.
-    """
-    if not len(values) or width < 1:
-        raise ValueError(f"{len(values)} values have no window of {width}")
-    width = min(width, len(values))
-    total = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
-    mean = (total[width:] - total[:-width]) / width
-    start = int(mean.argmin())
-    return float(mean[start]), start
