@@ -5,6 +5,7 @@
 #   make gpu-test     the tests that need a GPU; see docs/gpu-checklist.md
 #   make bench-learning | bench-trl | bench-kernels   the learning benchmark; one RL step against TRL's GRPOTrainer; the kernels
 #   make bench-shaping      tokens per second with shaped sampling against without
+#   make bench-grading      verdicts per second against math-verify called directly
 #   make bench-scheduling   longest responses first against the order of arrival, in one engine
 #   make docs         the documentation as a web site, in site/
 # Variables: PYTHON=python3.12, ARGS="max_steps=5" (quickstart, benchmarks), PYTEST_ARGS="-k budget -x" (test, gpu-test).
@@ -22,7 +23,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test gpu-test lint bench-learning bench-trl bench-kernels bench-scheduling bench-shaping docs
+.PHONY: help install quickstart test gpu-test lint bench-learning bench-trl bench-kernels bench-grading bench-scheduling bench-shaping docs
 .DEFAULT_GOAL := help
 
 help:
@@ -58,6 +59,9 @@ bench-kernels: install
 
 bench-shaping: install
 	$(BIN)/python -m tests.benchmarks.shaping $(ARGS)
+
+bench-grading: install
+	$(BIN)/python -m tests.benchmarks.grading $(ARGS)
 
 bench-scheduling: install
 	$(BIN)/python -m tests.benchmarks.scheduling $(ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 
 from reward.function_pool import FunctionPool, function_request
@@ -12,6 +13,8 @@ from reward.verdicts import answer_or_verdict, truncated
 from rl.leases import MEASURING_FROM
 from rl.settings import DataSettings, RewardSettings
 from rl.types import FunctionScore, Rollout, Scored, Verdict
+
+log = logging.getLogger("budget_rl")
 
 REASONING_GYM = "reasoning_gym:"
 BY_FUNCTION = "function"
@@ -26,10 +29,10 @@ def chosen_grader(data: DataSettings) -> str:
 
 
 def grader_options(data: DataSettings) -> str:
-    """JSON of what the grader needs beside the row: the reasoning-gym task and its parameters."""
-    if not data.source.startswith(REASONING_GYM):
-        return json.dumps(data.grader_options)
-    return json.dumps({"task": data.source.removeprefix(REASONING_GYM), "params": data.task})
+    """JSON of what the grader needs beside the row: its options, and of a reasoning-gym source the task and its parameters."""
+    gym = data.source.startswith(REASONING_GYM)
+    task = {"task": data.source.removeprefix(REASONING_GYM), "params": data.task} if gym else {}
+    return json.dumps(data.grader_options | task)
 
 
 class RewardActor:
@@ -61,6 +64,8 @@ class RewardActor:
     def ready(self) -> list[int]:
         """Wait (at most the children's start deadline) until all can grade; returns their process ids."""
         self._pool.wait_ready()
+        if self._pool.refused:
+            log.warning("graders are less confined than they could be here: %s", "; ".join(self._pool.refused))
         self._functions.wait_ready()
         return [*self._pool.pids, *self._functions.pids]
 
