@@ -104,7 +104,9 @@ class RewardActor:
         requests = [
             function_request(rollout, special_tokens=self._special_tokens, template=self._template) for rollout in rollouts
         ]
-        return self._functions.score(requests, step=step)
+        scores = self._functions.score(requests, step=step)
+        # Where nothing is rewarded, only the word of the one that decides counts, whatever happens to the others.
+        return scores if step < MEASURING_FROM else [said[:1] for said in scores]
 
     def _task(self, rollout: Rollout, answer: str) -> GradeTask:
         prompt = rollout.lease.prompt

@@ -130,7 +130,9 @@ class _Trial:
         self._pool, self._problems, self._requests = pool, problems, requests
         self._first = _scored(pool, requests)
         self._reports = list(pool.reports)
-        self._repeats = _differing(self._first, _scored(pool, requests)) is None
+        self._is_dead = all(score.status in ("timed_out", "crashed") for score in self._first)
+        """Not one answer was scored: trying more of them would cost a deadline each and tell nothing new."""
+        self._repeats = self._is_dead or _differing(self._first, _scored(pool, requests)) is None
 
     def loads(self) -> Finding:
         how = {"trl": "TRL's convention", "verl": "verl's convention", "verl_batch": "verl's convention, batched"}
@@ -138,6 +140,8 @@ class _Trial:
 
     def findings(self) -> Iterator[Finding]:
         yield self._results()
+        if self._is_dead:
+            return
         yield self._applies()
         yield self._same_twice()
         yield self._any_order()

@@ -162,7 +162,7 @@ class FunctionPool:
 
 def function_names(functions: Sequence[FunctionSettings]) -> list[str]:
     """The name of each function: as set, else the last part of its path. Raises RewardFunctionError for two of one name."""
-    names = [f.name or f.path.rpartition(":")[2] for f in functions]
+    names = [f.called for f in functions]
     for name, count in Counter(names).items():
         if count > 1:
             raise RewardFunctionError(f"{count} of reward.functions are called {name!r}", fix="give each a `name` of its own")

@@ -14,18 +14,17 @@ def decided(verdict: Verdict | None, scores: Sequence[FunctionScore], settings: 
     """The verdict of an answer after all functions scored it; ``verdict`` is the grader's, None where the first function decides.
 
     A function that failed on the answer and counts in the reward leaves it without a number: TIMED_OUT or CRASHED, whatever the
-    grader said. The first function decides by its own word on correctness (`acc`), else by `reward.correct_from`.
+    grader said. The first function decides by its own word on correctness (`acc`), else by `reward.correct_from`. ``scores`` may
+    hold fewer than all functions: those that were asked, in order.
     """
-    if verdict is not None and not scores:
-        return verdict
-    for place, (score, function) in enumerate(zip(scores, settings.functions, strict=True)):
+    for place, (score, function) in enumerate(zip(scores, settings.functions, strict=False)):
         counts = function.weight != 0 or (place == 0 and verdict is None)
         if counts and score.status in _FAILED:
             extracted = None if verdict is None else verdict.extracted
             return Verdict(_FAILED[score.status], extracted, f"reward function {score.name}: {score.evidence}")
     if verdict is None:
         verdict = _by_function(scores[0], settings.correct_from)
-    if settings.method == "none" and verdict.is_scored and all(score.status == "none" for score in scores):
+    if settings.method == "none" and scores and verdict.is_scored and all(score.status == "none" for score in scores):
         return Verdict(VerdictStatus.CRASHED, verdict.extracted, "no reward function applies to this answer")
     return verdict
 

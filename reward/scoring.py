@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from reward.answers import Answers
 from reward.budget import overlong
-from reward.function_pool import function_names
 from reward.methods import LENGTH_PARTS, METHODS
 from rl.reward_settings import FunctionSettings, RewardSettings
 from rl.reward_state import RewardState
@@ -79,8 +78,7 @@ def function_parts(member: Scored, functions: Sequence[FunctionSettings]) -> dic
 
 def length_parts(settings: RewardSettings) -> frozenset[str]:
     """The names of the parts that depend on how long an answer is."""
-    functions = zip(function_names(settings.functions), settings.functions, strict=True)
-    return LENGTH_PARTS | {function_part(name) for name, function in functions if function.length}
+    return LENGTH_PARTS | {function_part(function.called) for function in settings.functions if function.length}
 
 
 def function_part(name: str) -> str:

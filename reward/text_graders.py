@@ -26,10 +26,10 @@ def grade_choice(answer: str, golds: Sequence[str], entry: Mapping[str, Any], op
     choices there are. Raises MalformedAnswer when the answer chooses no letter or several, ValueError when a gold does.
     """
     letters = str(options.get("letters", LETTERS)).upper()
+    wanted = {_gold_letter(gold, letters) for gold in golds}  # first: a gold outside the letters is no fault of the answer
     chosen = chosen_letter(answer, letters)
     if chosen is None:
         raise MalformedAnswer(f"no single letter of {letters} is chosen")
-    wanted = {_gold_letter(gold, letters) for gold in golds}
     return chosen in wanted, f"{chosen} against {' or '.join(sorted(wanted))}"
 
 

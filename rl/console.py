@@ -199,6 +199,8 @@ class Console:
 
 _FIRST_STEP: tuple[tuple[str, str, float, bool, str], ...] = (
     ("answers cut at the length limit", "verdict/truncated", 0.5, True, "raise rollout.max_length"),
+    ("answers that a grader or function timed out on", "verdict/timed_out", 0.0, True, "see `evidence` in samples.jsonl"),
+    ("answers that a grader or function crashed on", "verdict/crashed", 0.0, True, "see `evidence` in samples.jsonl"),
     (
         "groups with all rewards equal",
         "group/flat",

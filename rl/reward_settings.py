@@ -100,6 +100,11 @@ class FunctionSettings(Section):
     environment: list[str] = Field(default_factory=list)
     """Names of environment variables it may see, such as an API key; all others are kept from it."""
 
+    @property
+    def called(self) -> str:
+        """Its name: as set, else the last part of its path."""
+        return self.name or self.path.rpartition(":")[2]
+
 
 class MonitorSettings(Section):
     """laser_d, laser_de: how often and on what the target of each difficulty is measured (arXiv 2505.15612)."""
@@ -137,7 +142,7 @@ class PolicySettings(Section):
 class RewardSettings(Section):
     method: Method = "correct"
     """`correct`: 1 for a correct answer, else 0 (GRPO). Every other name: docs/rewards.md. `none`: reward.functions alone."""
-    method_weight: float = 1.0
+    method_weight: NonNegative = 1.0
     """Weight of the method's reward beside reward.functions."""
     form: Literal["piecewise", "min"] | None = None
     """hbpo: the paper's piecewise form or the published code's minimum."""
@@ -217,8 +222,12 @@ class RewardSettings(Section):
             raise ValueError("reward.decay has no effect without reward.average=ema; leave it out")
         if self.method == "laser" and self.target is None:
             raise ValueError("reward.method=laser needs reward.target, a length in tokens; laser_d measures one instead")
-        if self.method == "none" and not self.functions:
-            raise ValueError("reward.method=none leaves no reward at all; name your function in reward.functions")
+        if self.method == "none" and not any(function.weight for function in self.functions):
+            raise ValueError("reward.method=none leaves no reward at all; name your function in reward.functions, with a weight")
+        names = [function.called for function in self.functions]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{names.count(name)} of reward.functions are called {name!r}; give each a `name` of its own")
         if self.monitor.first > self.monitor.last:
             raise ValueError(f"reward.monitor: first={self.monitor.first} is above last={self.monitor.last}; swap them")
         return self

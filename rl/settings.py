@@ -368,5 +368,8 @@ class Settings(Section):
                 f"raise prompts_per_step or lower learner.ranks or learner.minibatches"
             )
         if self.advantage.estimator == "hierarchical" and self.reward.method != "hbpo":
-            raise ValueError("advantage.estimator=hierarchical compares with HBPO's budget ceiling; it needs reward.method=hbpo")
+            raise ValueError(
+                "advantage.estimator=hierarchical compares with HBPO's budget ceiling; it needs reward.method=hbpo, "
+                "or set advantage.estimator=group_normalised"
+            )
         return self

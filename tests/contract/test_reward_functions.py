@@ -148,10 +148,10 @@ def test_a_good_function_in_verls_style_passes_and_tells_right_from_wrong() -> N
 @pytest.mark.parametrize(
     ("name", "broken", "found"),
     [
-        ("too_few", {"type, length, finite", "nasty texts"}, "returned 0 items for 1 completions"),
+        ("too_few", {"type, length, finite"}, "returned 0 items for 1 completions"),
         ("infinite", {"type, length, finite"}, "returned inf"),
-        ("text", {"type, length, finite", "nasty texts"}, "returned the text '1.0'"),
-        ("needs_a_column", {"type, length, finite", "nasty texts"}, "needs 'difficulty', which nothing gives"),
+        ("text", {"type, length, finite"}, "returned the text '1.0'"),
+        ("needs_a_column", {"type, length, finite"}, "needs 'difficulty', which nothing gives"),
         ("forgetful", {"same twice"}, "other scores the second time"),
         ("by_place", {"any order", "alone as in a batch"}, "answer 0 got 0 in the batch and 31 batch backwards"),
         ("by_batch", {"alone as in a batch"}, "alone"),
@@ -166,6 +166,11 @@ def test_each_broken_promise_is_found_and_named(name: str, broken: set[str], fou
     assert set(failed(findings)) == broken
     first = next(finding for finding in findings if finding.status == "FAILED")
     assert found in first.found and first.fix
+
+
+def test_a_function_that_scores_nothing_is_not_called_again_and_nothing_is_said_of_the_rest() -> None:
+    findings = check_function(plugin("text"), deadline_s=DEADLINE_S)
+    assert [finding.name for finding in findings if finding.status == "ok"] == ["loads"]
 
 
 def test_prints_and_indifference_to_the_answer_are_warnings() -> None:

@@ -14,19 +14,19 @@ from tests.e2e.runs import ROOT, mlflow_run, records, step_records
 
 STEPS = 8
 EVERY_STEP = {
-    "train/accuracy", "train/tokens", "train/reward", "reward/budget", "reward/format", "group/flat",
+    "train/accuracy", "train/tokens", "train/reward", "reward/budget", "group/flat",
     "adv/mean", "adv/std", "adv/nonzero_tokens", "policy/loss", "policy/entropy", "policy/approx_kl",
     "policy/clip_fraction", "policy/dual_clip_fraction", "learn/grad_norm", "learn/lr", "learn/skipped", "learn/padding",
     "mismatch/max", "mismatch/mean", "time/generate", "time/score", "time/learn", "time/sync", "time/step",
     "rate/tokens_per_s", "tokens/total", "prompts/dropped",
 }  # fmt: skip
 SAMPLE_FIELDS = {
-    "step", "ticket", "prompt", "gold", "answer", "budget", "budget_kind", "length", "verdict", "extracted", "reward",
+    "step", "ticket", "prompt", "gold", "answer", "budget", "budget_kind", "length", "verdict", "evidence", "extracted", "reward",
     "advantage", "finish",
 }  # fmt: skip
 OWN_LINES = (
     r"output   ", r"version  ", r"model    ", r"data     ", r"method   ", r"warm start", r"step \d+: held-out accuracy",
-    r" +step +acc", r" +\d+ [01]\.\d{3} ", r" *after step 1", r" *share of ", r" *─+", r" *answers cut ", r" *groups with ",
+    r" +step +acc", r" +\d+ [01]\.\d{3} ", r" *after step 1", r" *share of ", r" *─+", r" *answers (cut|that) ", r" *groups with ",
     r" *prompts dropped ", r" *tokens with ", r"held-out, no budget: ", r"curves ", r" *$",
 )  # fmt: skip
 """How every line starts that the product itself prints off a terminal."""
