@@ -26,7 +26,8 @@ SAMPLE_FIELDS = {
 }  # fmt: skip
 OWN_LINES = (
     r"output   ", r"version  ", r"model    ", r"data     ", r"method   ", r"warm start", r"step \d+: held-out accuracy",
-    r" +step +acc", r" +\d+ [01]\.\d{3} ", r" *after step 1", r" *share of ", r" *─+", r" *answers (cut|that) ", r" *groups with ",
+    r" +step +acc", r" +\d+ [01]\.\d{3} ", r" *after step 1", r" *share of ", r" *─+", r" *answers (cut|that) ",
+    r" *groups with ",
     r" *prompts dropped ", r" *tokens with ", r"held-out, no budget: ", r"curves ", r" *$",
 )  # fmt: skip
 """How every line starts that the product itself prints off a terminal."""
