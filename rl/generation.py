@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from rl.collection import Collected, Collector
 from rl.exits import exit_leases, join, path_leases
@@ -27,28 +28,12 @@ def collect_step(
 ) -> Collected:
     """The groups of ``prompts`` after ``step`` finished steps, which is also the version of the weights that may serve them."""
     rollout = settings.rollout
-    if not rollout.exits:
-        leases = step_leases(
-            prompts,
-            plan,
-            samples=rollout.samples_per_prompt,
-            step=step,
-            run_seed=settings.seed,
-            shaping=shaping,
-            min_version=step,
-            memory=sampling.memory,
-        )
-        return collector.collect(leases, stop=stop)
-    leases = path_leases(
-        prompts,
-        plan,
-        exits=rollout.exits,
-        step=step,
-        run_seed=settings.seed,
-        shaping=shaping,
-        min_version=step,
-        memory=sampling.memory,
+    leased = (
+        partial(path_leases, exits=rollout.exits) if rollout.exits else partial(step_leases, samples=rollout.samples_per_prompt)
     )
+    leases = leased(prompts, plan, step=step, run_seed=settings.seed, shaping=shaping, min_version=step, memory=sampling.memory)
+    if not rollout.exits:
+        return collector.collect(leases, stop=stop)
     paths = collector.collect(leases, stop=stop)
     found = [member.rollout for group in paths.groups for member in group.members]
     leaving = exit_leases(found, plan.exit_words, exits=rollout.exits, run_seed=settings.seed)
