@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from rl.behaviour import Vocabulary, replayed_bias
+from rl.guidance import Guidance
 from rl.types import Rollout, TrainBatch
 
 
@@ -96,23 +97,40 @@ def select_rollouts(batch: TrainBatch, index: Sequence[int]) -> TrainBatch:
         minibatch_N=batch.minibatch_N[picked],
         bias_T=batch.bias_T[position_T],
         index_N=batch.index_N[picked],
+        pair_N=None if batch.pair_N is None else batch.pair_N[picked],
+        guidance=batch.guidance.map(lambda column: column[position_T]),
     )
 
 
-def plan_microbatches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+def units_of(batch: TrainBatch, index: Sequence[int]) -> list[list[int]]:
+    """The given rollouts in parts that must meet in one forward pass: pairs, else each rollout by itself."""
+    if batch.pair_N is None:
+        return [[i] for i in index]
+    units: dict[int, list[int]] = {}
+    for i in index:
+        units.setdefault(int(batch.pair_N[i]), []).append(i)
+    return list(units.values())
+
+
+def plan_microbatches(
+    lengths: Sequence[int], token_budget: int, units: Sequence[Sequence[int]] | None = None
+) -> list[list[int]]:
     """Group rollouts of similar length so that rows x longest <= token_budget; longest first, so that memory peaks at once.
 
-    Returns lists of indices; a rollout longer than the budget gets a micro-batch of its own. Padding is what sorting leaves:
-    6 % on the quickstart. Packs were slower, 1.06x to 1.71x the longer the row (`python -m tests.benchmarks.layout`).
+    Returns lists of indices; ``units`` (None: each rollout) stay together, and one larger than the budget gets a micro-batch of
+    its own. Padding is what sorting leaves: 6 % on the quickstart. Packs were slower, 1.06x to 1.71x the longer the row
+    (`python -m tests.benchmarks.layout`).
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    parts = [[i] for i in range(len(lengths))] if units is None else units
+    longest_of = [max(lengths[i] for i in part) for part in parts]
     plan: list[list[int]] = []
-    for i in order:
-        longest = lengths[plan[-1][0]] if plan else 0
-        if plan and (len(plan[-1]) + 1) * longest <= token_budget:
-            plan[-1].append(i)
+    longest = 0
+    for p in sorted(range(len(parts)), key=lambda p: (-longest_of[p], p)):
+        if plan and (len(plan[-1]) + len(parts[p])) * longest <= token_budget:
+            plan[-1] += parts[p]
         else:
-            plan.append([i])
+            plan.append(list(parts[p]))
+            longest = longest_of[p]
     return plan
 
 
@@ -145,6 +163,12 @@ class MicroBatch:
     """float32 (R), nats."""
     padding: int
     """Padded tokens in the grid."""
+    pair_B: torch.Tensor
+    """int64 (rows): TrainBatch.pair_N; -1 where there are no pairs."""
+    side_B: torch.Tensor
+    """int64 (rows): 1 for the chosen answer of a pair, -1 for the rejected one, 0 without pairs."""
+    guidance: Guidance
+    """Columns of the R response tokens."""
 
 
 def pad_rows(batch: TrainBatch, index: Sequence[int]) -> MicroBatch:
@@ -164,6 +188,9 @@ def pad_rows(batch: TrainBatch, index: Sequence[int]) -> MicroBatch:
             temperature_T=torch.ones(1),
             bias_T=torch.zeros(1),
             padding=2,
+            pair_B=one - 1,
+            side_B=one,
+            guidance=batch.guidance.map(_one_row),
         )
     starts, ends = batch.start_N[:-1].tolist(), batch.start_N[1:].tolist()
     width = max(ends[i] - starts[i] for i in index)
@@ -190,4 +217,19 @@ def pad_rows(batch: TrainBatch, index: Sequence[int]) -> MicroBatch:
         temperature_T=torch.cat(temperatures),
         bias_T=batch.bias_T[source_T],
         padding=token_BS.numel() - sum(ends[i] - starts[i] for i in index),
+        pair_B=torch.full((len(index),), -1) if batch.pair_N is None else batch.pair_N[torch.tensor(list(index))],
+        side_B=torch.tensor([_side(batch, i) for i in index]),
+        guidance=batch.guidance.map(lambda column: column[source_T]),
     )
+
+
+def _side(batch: TrainBatch, i: int) -> int:
+    """Whether rollout i is the chosen or the rejected answer of its pair: the sign of its advantage."""
+    return 0 if batch.pair_N is None else int(batch.advantage_T[int(batch.start_N[i + 1]) - 1].sign())
+
+
+def _one_row(column: torch.Tensor) -> torch.Tensor:
+    """One row that stands for no token; ids count up, because those of a row are distinct."""
+    if column.dtype == torch.int64 and column.dim() == 2:
+        return torch.arange(column.shape[1])[None]
+    return column.new_zeros((1, *column.shape[1:]))

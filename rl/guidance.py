@@ -1,7 +1,7 @@
 """What frozen models say about the tokens of a step, and pairs of answers: the types of token-level learning.
 
-Legend as in rl/types.py; in addition ``_R``: one value per *response* token of a batch, rollout after rollout, and ``_K``: one per
-token id that a teacher was asked about.
+Legend as in rl/types.py; in addition ``_R``: one value per *response* token of a batch, rollout after rollout, and ``_K``: one
+per token id that a teacher was asked about.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TeacherMode = Literal["scalar", "topk", "hidden"]
 
 @dataclass(frozen=True)
 class Guidance:
-    """Columns beside a TrainBatch (first dimension T) or a micro-batch (first dimension R); None where a run does not need them."""
+    """Columns beside a TrainBatch (first dimension T) or a micro-batch (first dimension R); None where a run needs none."""
 
     weight_T: torch.Tensor | None = None
     """float32: weight of the token in the distillation term; 0 where it has none."""

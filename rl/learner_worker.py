@@ -22,6 +22,8 @@ from verl.single_controller.base.decorator import register
 from verl.single_controller.ray import RayWorkerGroup
 from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 
+from rl.batch import units_of
+from rl.guidance import Guidance
 from rl.settings import LearnerSettings, LossSettings
 from rl.types import TrainBatch, WeightVersion
 from rl.waiting import wait_for
@@ -31,6 +33,8 @@ Dispatch: Any = _Dispatch  # its members are registered at run time, which a typ
 RENDEZVOUS_S = 120.0
 """A task that only names an address; the time is for a process to start on a busy node."""
 TOKEN_COLUMNS = ("token_T", "loss_mask_T", "advantage_T", "sampled_logp_T", "bias_T")
+GUIDANCE = "guidance/"
+"""In front of the names of a batch's guidance columns."""
 ROLLOUT_COLUMNS = ("prompt_length_N", "prefill_length_N", "temperature_N", "minibatch_N", "index_N")
 
 
@@ -42,29 +46,34 @@ def to_data_proto(batch: TrainBatch, ranks: int) -> DataProto:
     lengths = batch.start_N.diff().tolist()
     per_rank: list[list[int]] = [[] for _ in range(ranks)]
     for m in sorted(set(batch.minibatch_N.tolist())):
-        members = [i for i, owner in enumerate(batch.minibatch_N.tolist()) if owner == m]
+        units = units_of(batch, [i for i, owner in enumerate(batch.minibatch_N.tolist()) if owner == m])
         shares: Any
-        if len(members) < ranks:
-            shares = [[j] for j in range(len(members))] + [[] for _ in range(ranks - len(members))]
+        if len(units) < ranks:
+            shares = [[j] for j in range(len(units))] + [[] for _ in range(ranks - len(units))]
         else:
-            shares = get_seqlen_balanced_partitions([lengths[i] for i in members], ranks, equal_size=False)
+            tokens = [sum(lengths[i] for i in unit) for unit in units]
+            shares = get_seqlen_balanced_partitions(tokens, ranks, equal_size=False)
         for rank, share in enumerate(shares):
-            per_rank[rank] += [members[j] for j in share]
+            per_rank[rank] += [i for j in share for i in units[j]]
     rows = max(len(share) for share in per_rank)
     width = max(lengths)
     columns: dict[str, torch.Tensor] = {"length_N": torch.zeros(ranks * rows, dtype=torch.int64)}
-    for name in TOKEN_COLUMNS:
-        columns[name] = torch.zeros((ranks * rows, width), dtype=getattr(batch, name).dtype)
-    for name in ROLLOUT_COLUMNS:
-        columns[name] = torch.zeros(ranks * rows, dtype=getattr(batch, name).dtype)
+    tokens_of = {name: getattr(batch, name) for name in TOKEN_COLUMNS}
+    tokens_of |= {GUIDANCE + name: column for name, column in batch.guidance.columns().items()}
+    rollouts_of = {name: getattr(batch, name) for name in ROLLOUT_COLUMNS}
+    rollouts_of |= {} if batch.pair_N is None else {"pair_N": batch.pair_N}
+    for name, column in tokens_of.items():
+        columns[name] = torch.zeros((ranks * rows, width, *column.shape[1:]), dtype=column.dtype)
+    for name, column in rollouts_of.items():
+        columns[name] = torch.zeros(ranks * rows, dtype=column.dtype)
     for rank, share in enumerate(per_rank):
         for k, i in enumerate(share):
             row, start = rank * rows + k, int(batch.start_N[i])
             columns["length_N"][row] = lengths[i]
-            for name in TOKEN_COLUMNS:
-                columns[name][row, : lengths[i]] = getattr(batch, name)[start : start + lengths[i]]
-            for name in ROLLOUT_COLUMNS:
-                columns[name][row] = getattr(batch, name)[i]
+            for name, column in tokens_of.items():
+                columns[name][row, : lengths[i]] = column[start : start + lengths[i]]
+            for name, column in rollouts_of.items():
+                columns[name][row] = column[i]
     return DataProto(batch=TensorDict(columns, batch_size=[ranks * rows]))
 
 
@@ -77,7 +86,10 @@ def from_data_proto(data: DataProto) -> TrainBatch:
     start_N = torch.cat([torch.zeros(1, dtype=torch.int64), length_N[keep].cumsum(0)])
     tokens = {name: columns[name][valid] for name in TOKEN_COLUMNS}
     rollouts = {name: columns[name][keep] for name in ROLLOUT_COLUMNS}
-    return TrainBatch(start_N=start_N, **tokens, **rollouts)
+    names = [str(name) for name in list(columns.keys())]
+    guided = {name.removeprefix(GUIDANCE): columns[name][valid] for name in names if name.startswith(GUIDANCE)}
+    pairs = columns["pair_N"][keep] if "pair_N" in names else None
+    return TrainBatch(start_N=start_N, **tokens, **rollouts, pair_N=pairs, guidance=Guidance(**guided))
 
 
 def gathered(named: Iterable[tuple[str, torch.Tensor]], *, keep: bool) -> list[tuple[str, torch.Tensor]] | None:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import torch
 
+from rl.guidance import Guidance
+
 
 class BudgetKind(Enum):
     """How a budget binds: tokens to be met exactly or not to be exceeded, none, or an effort relative to the usual length."""
@@ -311,6 +313,15 @@ class TrainBatch:
     """float32 (T): what was added to the logits of the reflection words, in nats; 0 where the engine did not sample."""
     index_N: torch.Tensor
     """int64 (N): each rollout's place in the step's whole batch, whatever share of it this is."""
+    pair_N: torch.Tensor | None = None
+    """int64 (N): number of the pair that a rollout belongs to, its chosen side (advantage 1) or its rejected one (-1)."""
+    guidance: Guidance = Guidance()
+    """What frozen models say of the tokens; (T) columns, 0 outside the response."""
+
+    def columns(self) -> dict[str, torch.Tensor]:
+        """Every tensor there is, by name; those of the guidance by theirs."""
+        own = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return own | self.guidance.columns()
 
     @property
     def rollouts(self) -> int:

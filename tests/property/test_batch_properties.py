@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl.batch import pack_rollouts, pad_rows, plan_microbatches, select_rollouts, unpack_tokens
+from rl.batch import pack_rollouts, pad_rows, plan_microbatches, select_rollouts, units_of, unpack_tokens
+from rl.guidance import Guidance
 from rl.learner_worker import ROLLOUT_COLUMNS, TOKEN_COLUMNS, from_data_proto, to_data_proto
 from rl.types import Rollout, TrainBatch
 from tests.builders import make_lease, make_prompt, make_rollout
@@ -35,14 +38,34 @@ def batches(draw: st.DrawFn, *, most: int = 12, minibatches: int = 3) -> TrainBa
     """A packed batch; rollout i has advantage i + 1, so that rows can be told apart. Some mini-batches may be empty."""
     rollouts = draw(rollout_lists(most=most))
     owner = draw(st.lists(st.integers(0, minibatches - 1), min_size=len(rollouts), max_size=len(rollouts)))
-    return pack_rollouts(
+    packed = pack_rollouts(
         rollouts, torch.arange(len(rollouts)) + 1.0, torch.tensor(owner), train_prefix=draw(st.booleans())
     )
+    return replace(packed, guidance=guidance_of(packed.tokens)) if draw(st.booleans()) else packed
+
+
+def guidance_of(tokens: int) -> Guidance:
+    """Columns of one and of two dimensions that name their token."""
+    place_T = torch.arange(tokens)
+    return Guidance(weight_T=place_T.float(), id_TK=torch.stack([place_T, place_T + tokens], dim=1))
+
+
+@st.composite
+def paired(draw: st.DrawFn) -> TrainBatch:
+    """Pairs of rollouts, shuffled: pair k has advantage 1 and -1, and lies in one mini-batch."""
+    rollouts = draw(rollout_lists(most=10))
+    rollouts = rollouts[: len(rollouts) // 2 * 2] or [rollouts[0], rollouts[0]]
+    pair_N = torch.tensor(draw(st.permutations([i // 2 for i in range(len(rollouts))])))
+    seen: set[int] = set()
+    side = [-1.0 if pair in seen else (seen.add(pair) or 1.0) for pair in pair_N.tolist()]
+    packed = pack_rollouts(rollouts, torch.tensor(side), pair_N % 2)
+    return replace(packed, pair_N=pair_N, guidance=guidance_of(packed.tokens))
 
 
 def _assert_same(left: TrainBatch, right: TrainBatch) -> None:
-    for name, value in vars(left).items():
-        torch.testing.assert_close(getattr(right, name), value, rtol=0, atol=0, equal_nan=True)
+    assert left.columns().keys() == right.columns().keys()
+    for name, value in left.columns().items():
+        torch.testing.assert_close(right.columns()[name], value, rtol=0, atol=0, equal_nan=True)
 
 
 @given(rollouts=rollout_lists(), train_prefix=st.booleans())
@@ -157,3 +180,20 @@ def test_the_columns_of_a_dealt_batch_keep_their_types(batch: TrainBatch, ranks:
     for name in (*TOKEN_COLUMNS, *ROLLOUT_COLUMNS):
         assert columns[name].dtype == getattr(batch, name).dtype
     assert int(columns["length_N"].sum()) == batch.tokens
+
+
+@settings(max_examples=60)
+@given(batch=paired(), ranks=st.integers(1, 3), budget=st.integers(1, 40))
+def test_a_pair_meets_in_one_rank_and_one_micro_batch_with_its_sides_told_apart(
+    batch: TrainBatch, ranks: int, budget: int
+) -> None:
+    found: list[tuple[int, int]] = []
+    for share in _shares(batch, ranks):
+        units = units_of(share, range(share.rollouts))
+        for index in plan_microbatches(share.start_N.diff().tolist(), budget, units):
+            micro = pad_rows(share, index)
+            counts = torch.bincount(micro.pair_B)
+            assert set(counts[counts > 0].tolist()) == {2}
+            found += zip(micro.pair_B.tolist(), micro.side_B.tolist(), strict=True)
+            assert torch.equal(micro.guidance.columns()["weight_T"], share.guidance.columns()["weight_T"][micro.source_T])
+    assert sorted(found) == sorted((pair, side) for pair in set(batch.pair_N.tolist()) for side in (-1, 1))

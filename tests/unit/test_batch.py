@@ -87,7 +87,7 @@ def test_selecting_nothing_gives_an_empty_batch_of_the_same_types() -> None:
     whole, part = _batch(), select_rollouts(_batch(), [])
     assert (part.rollouts, part.tokens) == (0, 0)
     assert part.start_N.tolist() == [0]
-    for name, value in vars(part).items():
+    for name, value in part.columns().items():
         assert value.dtype == getattr(whole, name).dtype
 
 
