@@ -10,6 +10,7 @@ import torch
 import kernels
 from reward.relative import lead_weight
 from rl.settings import AdvantageSettings
+from rl.types import Rollout
 
 
 def group_normalised(reward_N: torch.Tensor, group_N: torch.Tensor, *, std_floor: float = 1e-6) -> torch.Tensor:
@@ -131,6 +132,15 @@ def group_size(group_N: torch.Tensor, valid_N: torch.Tensor) -> torch.Tensor:
     return count_G.index_add_(0, place_N, valid_N.long())[place_N]
 
 
+def loss_tokens(rollout: Rollout, *, train_prefix: bool) -> int:
+    """Response tokens of a rollout that carry loss: its prefill only with ``train_prefix``, and none that a hard budget forced.
+
+    The length |o_i| of HAPO; `rl.batch.pack_rollouts` marks the same tokens.
+    """
+    forced = {place for place in rollout.forced if place >= rollout.prefill_length}
+    return rollout.length - len(forced) - (0 if train_prefix else rollout.prefill_length)
+
+
 @dataclass(frozen=True)
 class ScoredBatch:
     """What an advantage is computed from: one value per rollout of a step."""
@@ -151,6 +161,8 @@ class ScoredBatch:
     """Response tokens."""
     max_length: int
     """L_max in tokens."""
+    loss_tokens_N: torch.Tensor | None = None
+    """Response tokens that carry loss, see :func:`loss_tokens`; None: all of them, ``length_N``."""
 
 
 Estimator = Callable[[ScoredBatch, AdvantageSettings], torch.Tensor]
@@ -181,9 +193,15 @@ def _decoupled(batch: ScoredBatch, settings: AdvantageSettings) -> torch.Tensor:
     return decoupled(*columns, scale=scale, tau=settings.tau, std_floor=settings.std_floor)
 
 
+def _token_level_average(batch: ScoredBatch, settings: AdvantageSettings) -> torch.Tensor:
+    length_N = batch.length_N if batch.loss_tokens_N is None else batch.loss_tokens_N
+    return token_level_group_average(batch.reward_N, length_N, batch.group_N, guard=settings.guard)
+
+
 ADVANTAGES: dict[str, Estimator] = {
     "group_normalised": _group_normalised,
     "hierarchical": _hierarchical,
+    "token_level_average": _token_level_average,
     "group_centred": lambda batch, settings: group_centred(batch.reward_N, batch.group_N),
     "leave_one_out": lambda batch, settings: leave_one_out(batch.reward_N, batch.group_N),
     "batch_normalised": lambda batch, settings: batch_normalised(batch.reward_N, std_floor=settings.std_floor),

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from reward.options import check_options
 from rl.budget_settings import BudgetEffort, BudgetRange, BudgetSchedule, describe_budgets
+from rl.objective_settings import AdvantageSettings, LossSettings
 from rl.reward_settings import BUDGETED, MONITORED, RewardSettings
 from rl.rollout_settings import RolloutSettings
 from rl.sections import Decay, NonNegative, Positive, Section
@@ -69,41 +70,6 @@ class DataSettings(Section):
     def _grader_reads_its_options(self) -> DataSettings:
         check_options(self.grader, self.grader_options)
         return self
-
-
-class AdvantageSettings(Section):
-    estimator: Literal[
-        "group_normalised", "hierarchical", "group_centred", "leave_one_out", "batch_normalised", "reward", "decoupled"
-    ] = "group_normalised"
-    """`group_normalised`: GRPO. `hierarchical`: HBPO. `group_centred`: GRPO without its division (Dr. GRPO). `leave_one_out`:
-    RLOO. `batch_normalised`: over the whole batch. `reward`: the reward as it is. `decoupled`: GRPO of correctness, whose
-    positive part the lengths share out; the rest of the reward does not count."""
-    length_guard: bool = True
-    """group_normalised: groups whose answers are all right keep a length reward at its natural size, groups all wrong have none.
-    False is the papers' literal form; see docs/rewards.md."""
-    difficulty_weight: Literal["none", "lead"] = "none"
-    """`lead`: groups with a low pass rate weigh more (GRPO-LEAD)."""
-    scale: float | None = Field(default=None, gt=0)
-    """decoupled: length in tokens over which the share of a correct answer falls; None is rollout.max_length."""
-    tau: float = Field(default=0.5, gt=0)
-    """decoupled: smaller values prefer short answers more."""
-    intra_coef: float = 1.0
-    """hierarchical: weight of the subgroup term (the paper 1, the published code 2)."""
-    intra_scale: Literal["none", "spread"] = "none"
-    """hierarchical: `none` is the paper; `spread` divides the subgroup term by the group's reward spread, like the group term."""
-    centre: Literal["none", "group", "batch"] = "none"
-    """Subtract the mean advantage of the group or of the batch. `none` is the paper and drifts: see docs/stability.md."""
-    std_floor: float = Field(default=1e-6, gt=0)
-
-
-class LossSettings(Section):
-    clip_low: NonNegative = 0.2
-    clip_high: NonNegative = 0.28
-    dual_clip: float | None = Field(default=3.0, gt=1)
-    """Bound on the loss of a negative advantage, in multiples of it; None switches it off."""
-    kl_coef: NonNegative = 0.0
-    """Weight of the KL to the frozen start policy; 0 keeps no reference model."""
-    kl_form: Literal["k1", "k2", "k3"] = "k3"
 
 
 class LearnerSettings(Section):
@@ -352,6 +318,16 @@ class Settings(Section):
             raise ValueError(
                 f"reward.overlong_buffer={buffer} counts back from rollout.max_length={longest}, which responses under "
                 "rollout.length_schedule do not reach; leave one of the two out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _leaves_a_ratio_of_one(self) -> Settings:
+        chosen = self.loss.heterogeneous
+        if chosen is not None and not chosen.redistribute and self.learner.minibatches * self.learner.epochs == 1:
+            raise ValueError(
+                "loss.heterogeneous.clip moves bounds that a ratio of 1 never meets, and with one update per step it always is "
+                "1; set learner.minibatches or learner.epochs above 1, or redistribute=true"
             )
         return self
 
