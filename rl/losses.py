@@ -73,9 +73,7 @@ def policy_loss(
     arXiv 1912.09729), heterogeneous: HAPO (arXiv 2509.16591).
     """
     signal_T = None if heterogeneous is None else heterogeneous.signal_T
-    _check_tokens(
-        logp_T, old_logp_T=old_logp_T, advantage_T=advantage_T, mask_T=mask_T, weight_T=weight_T, signal_T=signal_T
-    )
+    _check_tokens(logp_T, old_logp_T=old_logp_T, advantage_T=advantage_T, mask_T=mask_T, weight_T=weight_T, signal_T=signal_T)
     if mask_T.dtype != torch.bool:
         raise TypeError(f"mask_T must be bool, got {mask_T.dtype}")
     if dual_clip is not None and not dual_clip > 1:

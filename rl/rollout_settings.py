@@ -100,6 +100,9 @@ class RolloutSettings(Section):
     """Members of a group that leave the thinking of the group's one full path early, at places drawn in it (S-GRPO); 0: none."""
     exit_template: str = "</think>"
     """exits: the words with which they leave it; must hold `</think>` once."""
+    refill: int = Field(default=0, ge=0)
+    """Most further rounds of prompts in a step that take the place of groups whose rewards are all equal, which teach nothing
+    (dynamic sampling, DAPO); 0: none. A step then generates up to 1 + refill times as much. See docs/hapo.md."""
     temperature: float = Field(default=1.0, gt=0)
     """Base temperature."""
     adaptive: AdaptiveSettings | None = None

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from reward.scoring import with_rewards
 from rl.behaviour import behaviour_of
 from rl.budget_settings import BudgetMemory
 from rl.checkpointing import Resume, save_checkpoint
@@ -20,7 +19,7 @@ from rl.errors import BudgetRLError
 from rl.evaluation import evaluate, write_per_problem
 from rl.fairness import fairness_metrics, unfair_rejection
 from rl.function_metrics import function_metrics
-from rl.generation import collect_step, new_tokens
+from rl.generation import generate_step, new_tokens
 from rl.learner_worker import to_data_proto
 from rl.measuring import measure_reference, measure_targets, monitor_is_due, prompts_ahead
 from rl.preparation import Prepared
@@ -141,7 +140,6 @@ class Run:
         """Generate, score, learn, sync; the counters move only when all four are done."""
         started = time.monotonic()
         settings, progress = self.settings, self.progress
-        prompts, cursor = self.prepared.stream.take(progress.cursor, settings.prompts_per_step)
         if monitor_is_due(settings, self.rewards, progress.step):
             measure_targets(
                 self.collector,
@@ -153,26 +151,28 @@ class Run:
                 stop=self.stop,
             )
         shaping = self.sampling.shaping(settings.rollout)
-        collected = collect_step(
+        found = generate_step(
             self.collector,
             self.prepared.plan,
-            prompts,
+            self.prepared.stream,
             settings,
+            cursor=progress.cursor,
             step=progress.step,
             shaping=shaping,
             sampling=self.sampling,
+            rewards=self.rewards,
             stop=self.stop,
+            check=self.check_scored,
         )
-        self.check_scored(collected)
-        groups = with_rewards(
-            collected.groups, settings.reward, max_length=settings.rollout.max_length, state=self.rewards, step=progress.step
-        )
-        batch, advantage_N, members = build_batch(groups, settings, self.prepared.vocabulary)
+        collected, groups = found.collected, found.refill.groups
+        if found.refill.short_by:
+            self.warn("refill", f"step {progress.step + 1}: {found.refill.shortage(settings)}")
+        batch, advantage_N, members = build_batch(found.refill.kept, settings, self.prepared.vocabulary)
         metrics = rollout_metrics(groups, drawn=not settings.rollout.has_listed_budgets) | advantage_metrics(advantage_N, batch)
         metrics |= function_metrics(groups) | exit_metrics(groups, exits=settings.rollout.exits)
         metrics |= self.rewards.figures(settings.reward)
         metrics |= {"rollouts/lost": float(len(collected.lost)), "prompts/dropped": self.prepared.dropped_share}
-        metrics |= engine_metrics(collected.stats)
+        metrics |= engine_metrics(collected.stats) | found.refill.figures()
         self.write_samples(progress.step + 1, members, advantage_N)
         if progress.step == 0 and (error := idle_error(metrics, settings)) is not None:
             self.record(StepReport(1, metrics))  # what the advice is about, on screen and on disk
@@ -183,7 +183,7 @@ class Run:
         progress.step += 1
         self.push_weights()
         ended = time.monotonic()
-        progress.cursor = cursor
+        progress.cursor = found.cursor
         if isinstance(settings.rollout.budgets, BudgetMemory):
             self.sampling.memory.observe(collected.groups)
         self.rewards.observe(groups, settings.reward)
