@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from kernels.alignment import alignment_kl, linear_alignment_kl
 from kernels.backends import NotAvailable
+from kernels.bucket import linear_bucket_kl, top_ids
 from kernels.grouping import (
     centred_advantage,
     group_normalised_advantage,
@@ -29,8 +30,10 @@ __all__ = [
     "group_normalised_advantage",
     "hierarchical_advantage",
     "linear_alignment_kl",
+    "linear_bucket_kl",
     "linear_logprob_entropy",
     "logprob_entropy",
     "shape_logits_",
     "token_level_group_average_advantage",
+    "top_ids",
 ]
