@@ -35,7 +35,14 @@ _MANIFEST = TypeAdapter(Manifest)
 # setting, also one added later, decides what the following steps compute and has to stay as it was.
 _FREE_SECTIONS = frozenset(("output", "tracking", "eval"))
 _MAY_CHANGE = {
-    "": {"max_steps", "max_tokens", "max_minutes", "resume", "allow_idle"},
+    "": {"max_steps", "max_tokens", "max_rollouts", "max_minutes", "resume", "allow_idle"},
+    "preference": {"steps"},
+    "scorer": {
+        *("workers", "cpus_per_worker", "gpus_per_worker", "threads_per_worker", "tokens_per_pass", "deadline_s"),
+    },
+    "distil.teacher": {
+        *("workers", "cpus_per_worker", "gpus_per_worker", "threads_per_worker", "tokens_per_pass", "deadline_s"),
+    },
     "rollout": {
         *(
             "workers",

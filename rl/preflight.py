@@ -89,8 +89,31 @@ def derived_plan(settings: Settings) -> Plan:
             Placement(
                 "reward worker", reward.workers, reward.cpus_per_worker, 0.0, "reward.workers", "reward.cpus_per_worker", None
             ),
+            *frozen_placements(settings),
         ),
     )
+
+
+def frozen_placements(settings: Settings) -> tuple[Placement, ...]:
+    """The workers that hold frozen models: teachers, and one for the start policy where token rewards or ssToken need it."""
+    found: list[Placement] = []
+    if settings.distil is not None:
+        teacher, key = settings.distil.teacher, "distil.teacher"
+        found.append(
+            Placement(
+                *("teacher", teacher.workers, teacher.cpus_per_worker, teacher.gpus_per_worker),
+                *(f"{key}.workers", f"{key}.cpus_per_worker", f"{key}.gpus_per_worker"),
+            )
+        )
+    if settings.needs_scorer:
+        scorer = settings.scorer
+        found.append(
+            Placement(
+                *("frozen start policy", scorer.workers, scorer.cpus_per_worker, scorer.gpus_per_worker),
+                *("scorer.workers", "scorer.cpus_per_worker", "scorer.gpus_per_worker"),
+            )
+        )
+    return tuple(found)
 
 
 def check_resources(settings: Settings, *, cpus: float, gpus: float) -> None:

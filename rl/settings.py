@@ -11,10 +11,13 @@ from pydantic import Field, model_validator
 
 from reward.options import check_options
 from rl.budget_settings import BudgetEffort, BudgetRange, BudgetSchedule, describe_budgets
+from rl.distil_settings import DistilSettings, ScorerSettings
 from rl.objective_settings import AdvantageSettings, LossSettings
+from rl.preference_settings import PreferenceSettings, RlTregSettings
 from rl.reward_settings import BUDGETED, MONITORED, RewardSettings
 from rl.rollout_settings import RolloutSettings
 from rl.sections import Decay, NonNegative, Positive, Section
+from rl.stage_settings import check_stage
 
 
 class ModelSettings(Section):
@@ -185,6 +188,17 @@ class Settings(Section):
     tracking: TrackingSettings = TrackingSettings()
     warm_start: WarmStartSettings | None = None
     """Set only by the embedded default; a real model is already trained."""
+    stage: Literal["rl", "preference", "distil"] = "rl"
+    """`rl`: learn from rewarded rollouts. `preference`: learn from pairs of answers (section `preference`). `distil`: learn from
+    a composed teacher alone (section `distil`)."""
+    preference: PreferenceSettings | None = None
+    """The stage `preference`; under `distil` without models of its own, how these are trained."""
+    distil: DistilSettings | None = None
+    """A teacher to distil from: alone in stage `distil`, beside the reward in stage `rl`."""
+    treg: RlTregSettings | None = None
+    """T-REG's token rewards in the advantages (arXiv 2412.02685); None: none."""
+    scorer: ScorerSettings = ScorerSettings()
+    """Workers for the frozen start policy; none are started where nothing asks for it."""
     correction: Literal["auto", "none", "truncated", "replay"] = "auto"
     """Off-policy correction. `auto`: `replay` when sampling is shaped, else `none`. `none`: ratio pi_new/pi_old at temperature 1.
     `truncated`: the same times min(C, pi_old/mu_engine). `replay`: ratio of the shaped probabilities."""
@@ -199,6 +213,8 @@ class Settings(Section):
     max_steps: Positive | None = None
     max_tokens: Positive | None = None
     """Stop after so many response tokens."""
+    max_rollouts: Positive | None = None
+    """Stop after so many rollouts, those that `rollout.refill` discarded included."""
     max_minutes: float | None = Field(default=None, gt=0)
     resume: str = "auto"
     """`auto`: continue from the newest checkpoint of output.dir; `never`; or a checkpoint folder."""
@@ -208,12 +224,24 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _stops(self) -> Settings:
-        if self.max_steps is None and self.max_tokens is None and self.max_minutes is None:
-            raise ValueError("the run would never stop; set max_steps, max_tokens or max_minutes")
+        steps = self.max_steps or (self.preference.steps if self.preference and self.stage == "preference" else None)
+        if not any((steps, self.max_tokens, self.max_rollouts, self.max_minutes)):
+            raise ValueError("the run would never stop; set max_steps, max_tokens, max_rollouts or max_minutes")
         if self.learner.lr_schedule != "constant" and self.max_steps is None:
             raise ValueError(
                 f"learner.lr_schedule={self.learner.lr_schedule} falls to 0 at max_steps, which is not set; set it, or constant"
             )
+        return self
+
+    @property
+    def needs_scorer(self) -> bool:
+        """Whether the frozen start policy is asked for log-probs: by T-REG's token rewards or by ssToken's selection."""
+        pairs_treg = self.stage == "preference" and self.preference is not None and self.preference.treg is not None
+        return self.treg is not None or pairs_treg or (self.distil is not None and self.distil.sstoken is not None)
+
+    @model_validator(mode="after")
+    def _stage(self) -> Settings:
+        check_stage(self)
         return self
 
     @model_validator(mode="after")

@@ -1,0 +1,56 @@
+"""What a run's stage asks of its other settings: the rules between sections, each with what to do about it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the settings call these rules while they are being made
+    from rl.settings import Settings
+
+
+def check_stage(settings: Settings) -> None:
+    """Raise ValueError where a section is missing that the stage needs, or set and never read."""
+    preference, distil = settings.preference, settings.distil
+    if settings.stage == "preference" and preference is None:
+        raise ValueError("stage=preference learns from pairs, and there is no section preference; add `preference: {}` for DPO")
+    if settings.stage == "distil" and distil is None:
+        raise ValueError("stage=distil learns from a teacher, and there is no section distil; add one (docs/distillation.md)")
+    if settings.stage == "preference" and distil is not None:
+        raise ValueError("stage=preference has no teacher to distil from; leave distil out, or set stage=distil")
+    makes_teachers = distil is not None and distil.teacher.is_made
+    if preference is not None and settings.stage != "preference" and not makes_teachers and not _reads_pairs(settings):
+        raise ValueError(
+            f"the section preference is never used in stage={settings.stage}: set stage=preference, or leave it out; "
+            "a distillation uses it where distil.teacher.dpo and reverse are not given"
+        )
+    if makes_teachers and preference is None:
+        raise ValueError(
+            "distil.teacher names no models: give distil.teacher.dpo and distil.teacher.reverse, or a section preference that "
+            "says how to train them"
+        )
+    if distil is not None and distil.data == "pairs":
+        if settings.stage != "distil":
+            raise ValueError("distil.data=pairs has no rollouts to reward; set stage=distil, or distil.data=rollouts")
+        if preference is None:
+            raise ValueError("distil.data=pairs learns the chosen answers of preference.pairs; add a section preference")
+    if settings.treg is not None and settings.stage != "rl":
+        raise ValueError(f"treg reshapes advantages, which stage={settings.stage} has none of; use preference.treg, or stage=rl")
+    _check_updates(settings)
+
+
+def _reads_pairs(settings: Settings) -> bool:
+    return settings.distil is not None and settings.distil.data == "pairs"
+
+
+def _check_updates(settings: Settings) -> None:
+    learner = settings.learner
+    supervised = settings.stage == "preference" or (settings.stage == "distil" and _reads_pairs(settings))
+    if supervised and (learner.minibatches != 1 or learner.epochs != 1):
+        raise ValueError(
+            f"learner.minibatches={learner.minibatches} and learner.epochs={learner.epochs} repeat updates on rollouts; "
+            "pairs are taken preference.pairs_per_step at a time: set both to 1"
+        )
+    if supervised and settings.max_tokens is not None:
+        raise ValueError("max_tokens counts response tokens that are sampled, and this stage samples none; set max_steps")
+    if supervised and settings.rollout.refill:
+        raise ValueError("rollout.refill replaces groups of rollouts, and this stage has none; set it to 0")
