@@ -74,7 +74,7 @@ def load_problems(data: DataSettings, *, extra: int = 0) -> Problems:
         rows = list(_problems(_generated(data, wanted), "question", "answer", entry_column="entry"))
         train_size = data.size
     else:
-        dataset = _read(data)
+        dataset = read_rows(data.source, data.split)
         for column in (data.question_column, data.answer_column):
             _check_column(dataset, column, data)
         ordered = dataset.shuffle(seed=data.seed)
@@ -154,7 +154,7 @@ def _generator(data: DataSettings, seed: int) -> ProceduralDataset:
 
     task = data.source.removeprefix(GYM_PREFIX)
     if task not in DATASETS:
-        raise DataError(f"data.source: reasoning-gym has no task {task!r}{_nearest(task, DATASETS)}")
+        raise DataError(f"data.source: reasoning-gym has no task {task!r}{nearest(task, DATASETS)}")
     reserved = {"seed", "size"} & data.task.keys()
     if reserved:
         name = min(reserved)
@@ -162,7 +162,7 @@ def _generator(data: DataSettings, seed: int) -> ProceduralDataset:
     known = {f.name for f in fields(DATASETS[task][1])} - {"seed", "size"}
     for name in data.task:
         if name not in known:
-            raise DataError(f"data.task: {task} has no parameter {name!r}{_nearest(name, known)}")
+            raise DataError(f"data.task: {task} has no parameter {name!r}{nearest(name, known)}")
     try:
         return create_dataset(task, seed=seed, size=CHUNK, **data.task)
     except (AssertionError, TypeError, ValueError) as error:
@@ -172,18 +172,25 @@ def _generator(data: DataSettings, seed: int) -> ProceduralDataset:
 # ---- files and the hub -----------------------------------------------------------------------------------------------
 
 
-def _read(data: DataSettings) -> Dataset:
-    path = Path(data.source).expanduser()
-    dataset = _read_file(path) if path.suffix in FILE_BUILDERS else _read_hub(data)
+def read_rows(source: str, split: str, *, key: str = "data") -> Dataset:
+    """The rows of a .parquet/.json/.jsonl file, or of a split of a hub data set (`owner/name` or `owner/name:configuration`).
+
+    key: the section of the configuration that `source` and `split` stand in, for messages.
+
+    Raises:
+        DataError: no such file, data set or split; an unreachable hub; a file that cannot be read; no rows.
+    """
+    path = Path(source).expanduser()
+    dataset = _read_file(path, key) if path.suffix in FILE_BUILDERS else _read_hub(source, split, key)
     if not len(dataset):
-        raise DataError(f"{data.source} holds no rows")
+        raise DataError(f"{source} holds no rows")
     return dataset
 
 
-def _read_file(path: Path) -> Dataset:
+def _read_file(path: Path, key: str) -> Dataset:
     if not path.is_file():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"data.source: no file {path}{_nearest(path.name, siblings, show_all=False)}")
+        raise DataError(f"{key}.source: no file {path}{nearest(path.name, siblings, show_all=False)}")
     if path.stat().st_size == 0:
         raise DataError(f"{path} holds no rows")
     from datasets import Dataset, load_dataset
@@ -197,30 +204,29 @@ def _read_file(path: Path) -> Dataset:
     return dataset
 
 
-def _read_hub(data: DataSettings) -> Dataset:
+def _read_hub(source: str, split: str, key: str) -> Dataset:
     """A hub data set, `owner/name` or `owner/name:configuration`."""
-    if data.source.startswith(("/", ".", "~")) or Path(data.source).exists():
-        raise DataError(
-            f"data.source {data.source}: only {', '.join(FILE_BUILDERS)} files can be read; convert it to one of them"
-        )
+    if source.startswith(("/", ".", "~")) or Path(source).exists():
+        raise DataError(f"{key}.source {source}: only {', '.join(FILE_BUILDERS)} files can be read; convert it to one of them")
     from datasets import Dataset, load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
-    name, _, configuration = data.source.partition(":")
+    name, _, configuration = source.partition(":")
     try:
-        dataset = load_dataset(name, configuration or None, split=data.split)
+        dataset = load_dataset(name, configuration or None, split=split)
     except DatasetNotFoundError as error:
+        other = ", or `reasoning_gym:<task>`" if key == "data" else ""
         raise DataError(
-            f"data.source: the hub has no data set {name!r} (or it is private); check the spelling, or log in, "
-            f"or give a local .parquet/.json/.jsonl file, or `reasoning_gym:<task>`"
+            f"{key}.source: the hub has no data set {name!r} (or it is private); check the spelling, or log in, "
+            f"or give a local .parquet/.json/.jsonl file{other}"
         ) from error
     except OSError as error:
         raise DataError(
-            f"data.source: could not fetch {name!r} from the hub ({type(error).__name__}: {error}); check the network, or "
-            f"download the data set elsewhere and give its .parquet/.json/.jsonl file as data.source"
+            f"{key}.source: could not fetch {name!r} from the hub ({type(error).__name__}: {error}); check the network, or "
+            f"download the data set elsewhere and give its .parquet/.json/.jsonl file as {key}.source"
         ) from error
     except ValueError as error:  # unknown split or configuration: the library's message lists those that exist
-        raise DataError(f"data.source {data.source}, data.split {data.split!r}: {error}") from error
+        raise DataError(f"{key}.source {source}, {key}.split {split!r}: {error}") from error
     assert isinstance(dataset, Dataset)
     return dataset
 
@@ -228,10 +234,10 @@ def _read_hub(data: DataSettings) -> Dataset:
 def _check_column(dataset: Dataset, column: str, data: DataSettings) -> None:
     if column not in dataset.column_names:
         key = "question_column" if column == data.question_column else "answer_column"
-        raise DataError(f"data.{key}: {data.source} has no column {column!r}{_nearest(column, dataset.column_names)}")
+        raise DataError(f"data.{key}: {data.source} has no column {column!r}{nearest(column, dataset.column_names)}")
 
 
-def _nearest(name: str, known: Iterable[str], *, show_all: bool = True) -> str:
+def nearest(name: str, known: Iterable[str], *, show_all: bool = True) -> str:
     """The end of an error message: the nearest name and, when there are few, all of them."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)

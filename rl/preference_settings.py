@@ -130,6 +130,6 @@ class PreferenceSettings(Section):
             raise ValueError(f"preference.margin={self.margin:g} belongs to simpo; set preference.form=simpo, or leave it out")
         if self.reverse and self.treg is not None:
             raise ValueError(
-                "preference.reverse prefers the rejected answers, and preference.treg rewards tokens of better ones; leave one out"
+                "preference.reverse prefers the rejected answers, and preference.treg the tokens of better ones; leave one out"
             )
         return self
