@@ -123,7 +123,7 @@ def redistribute(
     inside_T = (ratio_T > 1 - below / 2) & (ratio_T < 1 + above / 2)
     # Which tokens stay as they are, so that a NaN signal is not among them.
     same_T = (signal_T > 0) & inside_T | (signal_T <= 0) & ~inside_T
-    return torch.where(same_T, advantage_T, advantage_T * (1 + kappa * signal_T).to(advantage_T.dtype))
+    return torch.where(same_T, advantage_T, advantage_T * (1 + kappa * signal_T.to(advantage_T.dtype)))
 
 
 def _check_kappa(kappa: float) -> None:

@@ -110,9 +110,8 @@ def _by_entropy(
     chosen: Heterogeneous, advantage_T: torch.Tensor, ratio_T: torch.Tensor, mask_T: torch.Tensor, *, low: float, high: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The advantage and the clipped ratio of each token, by the entropy at it."""
-    signal_T = torch.where(mask_T, chosen.signal_T.detach(), 0.0)
+    signal_T = torch.where(mask_T, chosen.signal_T.detach(), 0.0).to(ratio_T.dtype)
     clip_kappa = chosen.clip_kappa or 0.0
-    low_T, high_T = clip_widths(signal_T, low=low, high=high, kappa=clip_kappa)
     if chosen.advantage_kappa is not None:
         advantage_T = redistribute(
             advantage_T,
@@ -124,7 +123,10 @@ def _by_entropy(
             zone=chosen.zone,
             clip_kappa=clip_kappa,
         )
-    return advantage_T, ratio_T.clamp(1.0 - low_T.to(ratio_T.dtype), 1.0 + high_T.to(ratio_T.dtype))
+    if chosen.clip_kappa is None:
+        return advantage_T, ratio_T.clamp(1.0 - low, 1.0 + high)
+    low_T, high_T = clip_widths(signal_T, low=low, high=high, kappa=clip_kappa)
+    return advantage_T, ratio_T.clamp(1.0 - low_T, 1.0 + high_T)
 
 
 def kl_penalty(logp_T: torch.Tensor, ref_logp_T: torch.Tensor, form: str) -> torch.Tensor:

@@ -18,7 +18,7 @@ VARIANTS = [
     AdvantageSettings(estimator=estimator, intra_scale=scale, centre=centre)
     for estimator, scale in (("group_normalised", "none"), ("hierarchical", "none"), ("hierarchical", "spread"))
     for centre in ("none", "group", "batch")
-]
+] + [AdvantageSettings(estimator="token_level_average", guard=guard) for guard in (None, 5.0)]
 variants = st.sampled_from(VARIANTS)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -20,10 +21,13 @@ from rl.advantage import (
     guarded,
     hierarchical,
     leave_one_out,
+    loss_tokens,
     token_level_group_average,
 )
+from rl.batch import pack_rollouts
 from rl.settings import AdvantageSettings
 from tests.batches import scored_batch
+from tests.builders import make_lease, make_rollout
 
 NAN = math.nan
 BUDGET = torch.tensor([512.0, 512.0, 1024.0, 1024.0, 2048.0, 2048.0, 2560.0, 2560.0])
@@ -128,6 +132,37 @@ def test_the_guard_can_be_switched_off_and_acts_on_its_own_group_only() -> None:
     _close(guarded, [1.499999, -0.5, -0.5, -0.5, 1.341639, -0.745355, 1.341639, -0.745355])
     free = token_level_group_average(reward, length, group, guard=None)
     _close(free, [5.385150, -0.185695, -0.185695, -0.185695, 1.341639, -0.745355, 1.341639, -0.745355])
+
+
+def test_the_token_level_average_takes_its_guard_from_the_settings_and_no_length_guard() -> None:
+    reward, length = torch.tensor([1.0, -1.0, -1.0, -1.0]), torch.tensor([1.0, 10, 10, 9])
+    group = torch.zeros(4, dtype=torch.int64)
+    batch = scored_batch(reward, group, length_N=length, length_reward_N=reward)
+    settings = AdvantageSettings(estimator="token_level_average")
+    _close(compute(batch, settings), [1.499999, -0.5, -0.5, -0.5])
+    _close(compute(batch, settings.model_copy(update={"guard": None})), [5.385150, -0.185695, -0.185695, -0.185695])
+    _close(compute(batch, settings.model_copy(update={"guard": 6.0})), [5.385150, -0.185695, -0.185695, -0.185695])
+    assert torch.equal(compute(batch, settings), compute(batch, settings.model_copy(update={"length_guard": False})))
+
+
+def test_the_token_level_average_weighs_tokens_with_loss_and_not_those_put_there() -> None:
+    reward, length = torch.tensor([1.0, -1.0, 1.0, -1.0]), torch.tensor([13.0, 15, 12, 14])
+    group = torch.zeros(4, dtype=torch.int64)
+    batch = scored_batch(reward, group, length_N=length)
+    settings = AdvantageSettings(estimator="token_level_average")
+    own = replace(batch, loss_tokens_N=length - 10)
+    _close(compute(own, settings), [1.341639, -0.745355, 1.341639, -0.745355])  # |o| = 3, 5, 2, 4
+    assert not torch.allclose(compute(batch, settings), compute(own, settings))
+
+
+@pytest.mark.parametrize("train_prefix", [True, False])
+def test_the_tokens_with_loss_are_those_that_the_batch_marks(train_prefix: bool) -> None:
+    plain = make_rollout(make_lease(prefill_ids=(7, 7, 7)), generated=(8, 9, 5, 6))
+    forced = replace(make_rollout(make_lease(member=1), generated=(8, 9, 5)), forced=(1,))
+    none = torch.zeros(2)
+    batch = pack_rollouts([plain, forced], none, none.long(), train_prefix=train_prefix)
+    marked = [int(part.sum()) for part in batch.loss_mask_T.split(batch.start_N.diff().tolist())]
+    assert [loss_tokens(r, train_prefix=train_prefix) for r in (plain, forced)] == marked == [7 if train_prefix else 4, 2]
 
 
 def test_the_estimators_are_reached_by_the_name_in_the_settings() -> None:
