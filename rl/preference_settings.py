@@ -90,7 +90,7 @@ class PairSettings(Section):
     per_prompt: Positive = 1
     """rollouts: pairs made of one prompt's answers at most."""
     prefer_short: bool = True
-    """rollouts: of two right answers that kept their budgets, prefer one that is clearly shorter."""
+    """rollouts: of two right answers, prefer one that is clearly shorter (at most 0.8 times the other's tokens)."""
     held_out: int = Field(default=64, ge=0)
     """Pairs kept apart to measure the loss and the accuracy on; no prompt is on both sides."""
     max_length: Positive | None = None
