@@ -64,9 +64,9 @@ class HeterogeneousSettings(Section):
     """Whose entropy: that of the weights that sampled, which stays the same over a step's updates, or that of the policy as it is
     being updated (the published code)."""
     scope: Literal["batch", "microbatch"] = "batch"
-    """What a token's entropy is compared with: all sampled tokens of the step on all ranks, or those of its micro-batch (the
-    published code), which makes the result depend on how micro-batches are cut. With `entropy: current` the batch is the one at
-    the sampling weights, and signals beyond its extremes count as these."""
+    """What a token's entropy is compared with: all tokens of the step that carry loss, on all ranks and at the sampling weights,
+    or those of its micro-batch (the published code), which makes the result depend on how micro-batches are cut. With `batch` and
+    `entropy: current` a signal beyond the extremes counts as these."""
     literal: bool = False
     """The published code's sign: tokens surer than the pivot count like unsure ones, so that no advantage shrinks and no floor
     falls."""

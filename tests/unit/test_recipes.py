@@ -6,11 +6,15 @@ from typing import Any
 
 import pytest
 
-from launch.config import PACKAGED, load_settings
+from launch.config import PACKAGED, leaves, load_settings
 from rl.reward_settings import OPTIONS
 
 REWARD_OF = {
-    "hapo_temperature": "correct",
+    "hapo": "dapo",
+    "hapo_average": "dapo",
+    "hapo_clipping": "dapo",
+    "hapo_redistribution": "dapo",
+    "hapo_temperature": "dapo",
     "cyclicreflex": "correct",
     "grpo": "correct",
     "hbpo_shaped": "hbpo",
@@ -18,12 +22,13 @@ REWARD_OF = {
     "decoupled": "correct",
 }
 RECIPES = sorted(path.stem for path in (PACKAGED / "recipes").glob("*.yaml"))
+HAPO = ("hapo", "hapo_average", "hapo_clipping", "hapo_redistribution", "hapo_temperature")
 NEEDED = {
     "s_grpo": {("prompts_per_step",), ("rollout", "samples_per_prompt"), ("rollout", "exits")},
     "history_min": {("data", "size")},
     "thinkprune": {("rollout", "length_schedule")},
     "aec": {("rollout", "effort_template"), ("eval", "with_budgets")},
-}
+} | dict.fromkeys(("dapo", *HAPO), {("rollout", "refill"), ("learner", "minibatches")})
 """What a method cannot do without beside its own sections."""
 METHOD = {("reward",), ("advantage",), ("loss",), ("correction",), ("learner", "train_prefix"), ("eval", "shaped")}
 METHOD |= {("rollout", key) for key in ("budgets", "budget_kind", "budget_place", "adaptive", "reflex")}
@@ -71,3 +76,38 @@ def test_the_hbpo_recipe_is_the_form_of_the_paper() -> None:
 def test_the_dapo_recipe_keeps_its_overlong_buffer_inside_the_response() -> None:
     settings = load_settings(PACKAGED / "recipes" / "dapo.yaml")
     assert 0 < settings.reward.overlong_buffer < settings.rollout.max_length
+
+
+def _differences(recipe: str, base: str) -> dict[str, Any]:
+    """Key -> value of each setting of a recipe that another recipe has otherwise."""
+    found, other = (dict(leaves(load_settings(PACKAGED / "recipes" / f"{name}.yaml").model_dump())) for name in (recipe, base))
+    return {key: value for key, value in found.items() if other.get(key, "absent") != value}
+
+
+def test_the_dapo_recipe_is_that_of_the_paper() -> None:
+    settings = load_settings(PACKAGED / "recipes" / "dapo.yaml")
+    assert (settings.loss.clip_low, settings.loss.clip_high, settings.loss.dual_clip) == (0.2, 0.28, 10.0)
+    assert (settings.rollout.refill, settings.advantage.length_guard, settings.learner.minibatches) == (2, False, 4)
+    assert settings.rollout.adaptive is None and settings.loss.heterogeneous is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sections"),
+    [
+        ("hapo_temperature", {"rollout.adaptive"}),
+        ("hapo_average", {"advantage.estimator"}),
+        ("hapo_redistribution", {"loss.heterogeneous"}),
+        ("hapo_clipping", {"loss.heterogeneous"}),
+        ("hapo", {"rollout.adaptive", "advantage.estimator", "loss.heterogeneous"}),
+    ],
+)
+def test_each_part_of_hapo_is_dapo_and_that_part(recipe: str, sections: set[str]) -> None:
+    changed = {".".join(key.split(".")[:2]) for key in _differences(recipe, "dapo")}
+    assert changed == sections
+
+
+def test_the_two_parts_of_hapos_loss_are_told_apart() -> None:
+    files = [PACKAGED / "recipes" / f"hapo{part}.yaml" for part in ("_clipping", "_redistribution", "")]
+    chosen = [part for part in (load_settings(file).loss.heterogeneous for file in files) if part is not None]
+    assert [(part.clip, part.redistribute) for part in chosen] == [(True, False), (False, True), (True, True)]
+    assert {(part.zone, part.entropy, part.scope, part.literal) for part in chosen} == {("base", "old", "batch", False)}
