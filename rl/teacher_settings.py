@@ -1,4 +1,4 @@
-"""Settings of the teacher workers; imports neither torch nor Ray."""
+"""The settings of the frozen teacher of AlignDistil; imports neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -10,47 +10,51 @@ from rl.sections import NonNegative, Positive, Section
 
 
 class TeacherSettings(Section):
-    """The two frozen models that a teacher is composed of, and the workers that hold them (AlignDistil, arXiv 2503.02832)."""
+    """Two frozen models, one trained to prefer the better answers, one the worse, and what is made of them (docs/teacher.md)."""
 
     dpo: str | None = None
-    """The DPO model: a local folder or a hub id; with `base` a folder of LoRA weights. None: the preference stage makes both."""
+    """Model trained by DPO: local folder or hub id. None: the preference stage makes it."""
     reverse: str | None = None
-    """The reverse-DPO model, trained with the better and the worse answer exchanged."""
+    """The same of chosen and rejected swapped."""
     base: str | None = None
-    """The model under two LoRA adapters `dpo` and `reverse`, held once; None: they are whole models."""
+    """Model under two LoRA adapters: then `dpo` and `reverse` are adapter folders, and the base is in memory once."""
+    dpo_revision: str | None = None
+    """Commit of a hub model; required of each of the three where model.trust_remote_code is on."""
+    reverse_revision: str | None = None
+    base_revision: str | None = None
     mode: Literal["scalar", "topk", "hidden"] = "hidden"
-    """What comes back of each token. `hidden`: both models' last hidden states; the learner holds both heads and compares whole
-    distributions. `topk`: probabilities of some ids and of all others together. `scalar`: that of the sampled token alone."""
+    """What comes back of each response token. `hidden`: final hidden states, for the learner's loss over the full vocabulary.
+    `topk`: log-probs of a few ids and of the rest together. `scalar`: one log-prob, for a reward per token."""
     r: NonNegative = 30.0
-    """Extrapolation weight alpha = r TVD + eps of a token on which the two models disagree wholly (twice the `beta2` of the
-    published code: 30 on the policy's own answers, 20 on a data set's)."""
+    """Strength of the extrapolation, `alpha = r TVD + eps`. The paper's code has r / 2 (`beta2`): 30 on-policy, 20 off-policy."""
     eps: float = Field(default=1e-3, gt=0)
-    """The weight where they agree."""
+    """Extrapolation where the two models agree. The weight of the KL there is beta_0 / eps."""
     top_k: Positive = 32
-    """topk: ids that the teacher picks."""
+    """topk: ids that the teacher adds, its likeliest."""
     student_k: int = Field(default=32, ge=0)
-    """topk: ids that the student picks."""
+    """topk: ids that the student asks about, its own likeliest; 0 leaves it to the teacher's."""
     workers: Positive = 1
-    """Teacher actors, each with both models."""
+    """Teacher actors; each holds both models."""
     cpus_per_worker: float = Field(default=0.5, gt=0)
-    gpus_per_worker: float = Field(default=0.0, ge=0)
+    """Ray CPUs per teacher actor; on a laptop fractions let all actors fit."""
+    gpus_per_worker: NonNegative = 0.0
+    """Ray GPUs per teacher actor; 0 computes on CPUs."""
     threads_per_worker: int = Field(default=0, ge=0)
-    """CPU threads of one teacher; 0 takes all cores divided by the workers."""
+    """CPU threads of one teacher actor; 0 takes all cores divided by the workers."""
     tokens_per_pass: Positive = 8192
-    """Padded tokens of one forward pass; changes memory, never the result."""
+    """Padded tokens of one forward pass; more needs more memory and never changes the result."""
     deadline_s: float = Field(default=600.0, gt=0)
-    """Longest wait for the answers to one step."""
-
-    @property
-    def is_made(self) -> bool:
-        """Whether the preference stage is to make the two models."""
-        return self.dpo is None and self.reverse is None
+    """Longest wait for an answer, and for the models to load."""
 
     @model_validator(mode="after")
-    def _both_or_none(self) -> TeacherSettings:
-        if (self.dpo is None) != (self.reverse is None):
+    def _complete(self) -> TeacherSettings:
+        if self.base is not None and (self.dpo is None or self.reverse is None):
             missing = "dpo" if self.dpo is None else "reverse"
-            raise ValueError(f"distil.teacher.{missing} is not given, and the teacher is made of two models; give both or neither")
-        if self.base is not None and self.is_made:
-            raise ValueError("distil.teacher.base is what two LoRA adapters go with; give distil.teacher.dpo and reverse, too")
+            raise ValueError(
+                f"teacher.base={self.base} is the model under two LoRA adapters, and teacher.{missing} names none; "
+                "name both adapter folders, or leave base out"
+            )
+        for name in ("dpo", "reverse", "base"):
+            if getattr(self, f"{name}_revision") is not None and getattr(self, name) is None:
+                raise ValueError(f"teacher.{name}_revision is set and teacher.{name} is not; name the hub model too")
         return self
