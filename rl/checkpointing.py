@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rl.cluster import Workforce
 from rl.errors import ConfigError
@@ -33,13 +34,17 @@ def save_checkpoint(
     step: int,
     cursor: int,
     tokens_seen: int,
+    rollouts_seen: int,
     minutes_spent: float,
     run_id: str | None,
     evaluation: Mapping[str, float],
     sampling: SamplingState,
     rewards: RewardState,
+    extra: Mapping[str, Any],
 ) -> Path:
     """Write the state after ``step`` finished steps; the folder appears only when every byte is on disk.
+
+    ``extra``: further sections of state.json.
 
     ``evaluation`` holds the held-out figures measured at this step, if any, for the model card of an export.
     """
@@ -48,7 +53,7 @@ def save_checkpoint(
     answers = wait_for(refs, seconds=settings.learner.deadline_s, what=f"learner writes checkpoint {step}")
     checksum = next(answer.checksum for answer in answers if answer is not None)
     copy_tokenizer(model, partial / "model")
-    state = {"metrics": dict(evaluation), "sampling": sampling.to_json(), "rewards": rewards.to_json()}
+    state = {"metrics": dict(evaluation), "sampling": sampling.to_json(), "rewards": rewards.to_json(), **extra}
     (partial / STATE_NAME).write_text(json.dumps(state) + "\n", encoding="utf-8")
     done = commit(
         partial,
@@ -57,6 +62,7 @@ def save_checkpoint(
             config=settings.model_dump(mode="json"),
             cursor=cursor,
             tokens_seen=tokens_seen,
+            rollouts_seen=rollouts_seen,
             minutes_spent=minutes_spent,
             tracker_run_id=run_id,
             weights=WeightVersion(step, checksum),

@@ -11,9 +11,13 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
+from reward.teacher_files import Sources
+from rl.distil_settings import ScorerSettings
 from rl.errors import BudgetRLError, ConfigError
+from rl.guidance import HeadSources
 from rl.preflight import check_resources, derived_plan
 from rl.settings import LearnerSettings, Settings
+from rl.teacher_settings import TeacherSettings
 from rl.waiting import StopFlag, wait_for
 
 log = logging.getLogger("budget_rl")
@@ -114,6 +118,12 @@ class Workforce:
     engines: list[Any] = field(default_factory=list)
     scorers: list[Any] = field(default_factory=list)
     learners: Any = None
+    teachers: list[Any] = field(default_factory=list)
+    """Each holds the two frozen models of a distillation."""
+    frozen: list[Any] = field(default_factory=list)
+    """Each holds the frozen start policy."""
+    vocabulary: int = 0
+    """Ids of the tokenizer that teacher and student share."""
     _places: list[Any] = field(default_factory=list)
     """Placement groups of the learner ranks."""
 
@@ -122,8 +132,13 @@ class Workforce:
         refs = self.launch_learners(folder, stop=stop)
         return wait_for(refs, seconds=self.settings.learner.deadline_s, what="learner ranks load the model", stop=stop)[0]
 
-    def launch_learners(self, folder: Path, *, stop: StopFlag | None = None) -> list[Any]:
-        """Wait for the ranks' places, create the learner worker group there and begin loading; returns the refs to wait for."""
+    def launch_learners(
+        self, folder: Path, *, heads: HeadSources | None = None, stop: StopFlag | None = None
+    ) -> list[Any]:
+        """Wait for the ranks' places, create the learner worker group there and begin loading; returns the refs to wait for.
+
+        ``heads``: where those of a teacher lie, which a distillation by hidden states needs at the learner.
+        """
         learner = self.settings.learner
         self._places = reserve_places(learner)
         wait_for(
@@ -134,7 +149,7 @@ class Workforce:
             fix="others hold the cluster (`ray status` shows what): end them, or lower learner.ranks, learner.cpus_per_rank, "
             "learner.gpus_per_rank or rollout.workers",
         )
-        self.learners = make_learners(self.settings, self._places)
+        self.learners = make_learners(self.settings, self._places, heads)
         return self.learners.start(str(folder))
 
     def launch_engines(self, folder: Path) -> list[Any]:
@@ -185,6 +200,45 @@ class Workforce:
             self.scorers.append(options.remote(reward, settings.data, special, chat=chat))
         return [scorer.ready.remote() for scorer in self.scorers]
 
+    def launch_teachers(self, student: Path, sources: Sources) -> list[Any]:
+        """Create the teacher actors and begin loading; returns the refs to wait for, each of a `TeacherCard`."""
+        import ray
+
+        from reward.teacher_actor import TeacherActor
+
+        assert self.settings.distil is not None
+        teacher = self.settings.distil.teacher
+        for index in range(teacher.workers):
+            actor = ray.remote(TeacherActor).options(**_frozen_options(teacher, f"teacher-{index}"))
+            self.teachers.append(
+                actor.remote(
+                    teacher,
+                    dtype=self.settings.model.dtype,
+                    tokens_per_pass=teacher.tokens_per_pass,
+                    trust_remote_code=self.settings.model.trust_remote_code,
+                )
+            )
+        return [actor.start.remote(str(student), sources.dpo, sources.reverse, sources.base) for actor in self.teachers]
+
+    def launch_frozen(self, folder: Path) -> list[Any]:
+        """Create the actors of the frozen start policy and begin loading; returns the refs to wait for."""
+        import ray
+
+        from reward.contrast_actor import ContrastActor
+
+        scorer = self.settings.scorer
+        for index in range(scorer.workers):
+            actor = ray.remote(ContrastActor).options(**_frozen_options(scorer, f"start-policy-{index}"))
+            self.frozen.append(
+                actor.remote(
+                    dtype=self.settings.model.dtype,
+                    tokens_per_pass=scorer.tokens_per_pass,
+                    trust_remote_code=self.settings.model.trust_remote_code,
+                    device="cuda" if scorer.gpus_per_worker else "cpu",
+                )
+            )
+        return [actor.start.remote(str(folder)) for actor in self.frozen]
+
     def close(self) -> None:
         """Kill every actor and give their places back; reward actors first get a moment to end their grader processes."""
         import ray
@@ -194,11 +248,23 @@ class Workforce:
         if self.scorers:
             ray.wait([s.close.remote() for s in self.scorers], num_returns=len(self.scorers), timeout=SHUTDOWN_S)
         workers = list(self.learners.workers) if self.learners is not None else []
-        for actor in [*self.engines, *self.scorers, *workers]:
+        for actor in [*self.engines, *self.scorers, *self.teachers, *self.frozen, *workers]:
             ray.kill(actor)
         for group in self._places:
             ray.util.remove_placement_group(group)
-        self.engines, self.scorers, self.learners, self._places = [], [], None, []
+        self.engines, self.scorers, self.teachers, self.frozen, self.learners, self._places = [], [], [], [], None, []
+
+
+def _frozen_options(settings: TeacherSettings | ScorerSettings, name: str) -> dict[str, Any]:
+    """Ray's options of an actor that holds frozen models."""
+    threads = settings.threads_per_worker or max(1, (os.cpu_count() or 1) // settings.workers)
+    environment = {"OMP_NUM_THREADS": str(threads)} | device_environment(settings.gpus_per_worker)
+    return {
+        "num_cpus": settings.cpus_per_worker,
+        "num_gpus": settings.gpus_per_worker,
+        "runtime_env": {"env_vars": environment},
+        "name": f"{name}-{os.getpid()}",
+    }
 
 
 def reserve_places(learner: LearnerSettings) -> list[Any]:
@@ -213,7 +279,7 @@ def reserve_places(learner: LearnerSettings) -> list[Any]:
     return [placement_group([dict(bundle) for _ in range(count)], strategy="PACK") for count in counts]
 
 
-def make_learners(settings: Settings, places: Sequence[Any]) -> Any:
+def make_learners(settings: Settings, places: Sequence[Any], heads: HeadSources | None = None) -> Any:
     """A verl RayWorkerGroup of ``learner.ranks`` DeepSpeed ranks in the placement groups of :func:`reserve_places`."""
     import ray
     from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool
@@ -232,6 +298,7 @@ def make_learners(settings: Settings, places: Sequence[Any]) -> Any:
         dtype=settings.model.dtype,
         trust_remote_code=settings.model.trust_remote_code,
         seed=settings.seed,
+        heads=heads,
     )
     # With `use_gpu` verl would ask for 1/max_colocate_count of a GPU per rank; without it these options stand.
     remote.update_options({"num_cpus": learner.cpus_per_rank, "num_gpus": learner.gpus_per_rank})

@@ -65,6 +65,40 @@ COLUMNS: tuple[Column, ...] = (
 )
 """Columns of console, log and table after the step number; docs/metrics.md explains the metrics."""
 
+PAIR_COLUMNS: tuple[Column, ...] = (
+    Column("pair_acc", "pair/accuracy", 8, ".3f", 0),
+    Column("margin", "pair/margin", 7, "+.3f", 0),
+    Column("chosen", "pair/chosen_reward", 7, "+.3f", 1),
+    Column("rejected", "pair/rejected_reward", 8, "+.3f", 1),
+    Column("loss", "pair/loss", 7, ".4f", 0),
+    Column("entropy", "policy/entropy", 7, ".3f", 2),
+    Column("lr", "learn/lr", 8, ".1e", 3),
+    Column("grad", "learn/grad_norm", 7, ".3f", 2),
+    Column("tok/s", "rate/tokens_per_s", 6, ".0f", 1),
+    Column("step_s", "time/step", 6, ".1f", 1),
+)
+"""The same of a stage that learns from pairs."""
+
+DISTIL_COLUMNS: tuple[Column, ...] = (
+    Column("acc", "train/accuracy", 5, ".3f", 0),
+    Column("tokens", "train/tokens", 7, ".1f", 0),
+    Column("kl_teach", "distil/kl", 8, ".4f", 0),
+    Column("contrast", "distil/contrastive_reward", 8, "+.3f", 0),
+    Column("tvd", "distil/tvd", 6, ".3f", 2),
+    Column("entropy", "policy/entropy", 7, ".3f", 2),
+    Column("gap", "mismatch/max", 8, ".1e", 3),
+    Column("grad", "learn/grad_norm", 7, ".3f", 2),
+    Column("tok/s", "rate/tokens_per_s", 6, ".0f", 1),
+    Column("step_s", "time/step", 6, ".1f", 1),
+    Column("gen_s", "time/generate", 6, ".1f", 4),
+    Column("teach_s", "time/teach", 7, ".1f", 4),
+    Column("learn_s", "time/learn", 7, ".1f", 4),
+)
+"""The same of a distillation: KL to the teacher in nats per token, contrastive reward per answer."""
+
+COLUMNS_OF = {"rl": COLUMNS, "preference": PAIR_COLUMNS, "distil": DISTIL_COLUMNS}
+"""Columns by `stage`."""
+
 STEP_WIDTH = 6
 
 
@@ -90,11 +124,14 @@ class Console:
     On a terminal there are colours and a progress bar; elsewhere plain lines without any control character.
     """
 
-    def __init__(self, log: Path | None = None, *, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, log: Path | None = None, *, stream: TextIO | None = None, columns: tuple[Column, ...] = COLUMNS
+    ) -> None:
         self._stream = stream or sys.stdout
         # Rich would also take FORCE_COLOR and notebook variables for a terminal; files must stay plain.
         self._rich = rich.console.Console(file=self._stream, force_terminal=self._stream.isatty(), highlight=False)
         self._log = log
+        self._columns = columns
         self._lines_since_header = HEADER_EVERY
         self._notes = _Notes(self)
         logger = logging.getLogger(_OWN_LOGGER)
@@ -125,10 +162,10 @@ class Console:
         if self._lines_since_header >= HEADER_EVERY:
             self._lines_since_header = 0
             self._print(header_line(columns), style="bold")
-            self._record(header_line())
+            self._record(header_line(self._columns))
         self._lines_since_header += 1
         self._print(step_line(report, columns))
-        self._record(step_line(report))
+        self._record(step_line(report, self._columns))
 
     def first_step_table(self, report: StepReport) -> None:
         """Show the shares of step 1 that tell whether anything can be learnt, each with what to do about a bad one."""
@@ -180,12 +217,12 @@ class Console:
 
     def _fitting(self) -> tuple[Column, ...]:
         if not self._rich.is_terminal:
-            return COLUMNS
-        for rank in range(max(c.rank for c in COLUMNS), -1, -1):
-            columns = tuple(c for c in COLUMNS if c.rank <= rank)
+            return self._columns
+        for rank in range(max(c.rank for c in self._columns), -1, -1):
+            columns = tuple(c for c in self._columns if c.rank <= rank)
             if len(header_line(columns)) <= self._rich.width:
                 return columns
-        return tuple(c for c in COLUMNS if c.rank == 0)
+        return tuple(c for c in self._columns if c.rank == 0)
 
     def _print(self, text: str, *, style: str = "") -> None:
         self._rich.print(Text(_clean(text), style=style), soft_wrap=True)

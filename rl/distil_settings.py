@@ -64,7 +64,7 @@ class DistilSettings(Section):
             raise ValueError("distil.entropy_share and distil.sstoken both choose tokens; leave one out")
         if self.data == "pairs" and self.teacher.mode == "scalar":
             raise ValueError(
-                "distil.teacher.mode=scalar learns from the teacher's word on sampled tokens, and distil.data=pairs samples none; "
-                "set teacher.mode=hidden or topk"
+                "distil.teacher.mode=scalar learns from what the teacher says of sampled tokens, and distil.data=pairs samples "
+                "none; set teacher.mode=hidden or topk"
             )
         return self

@@ -24,7 +24,7 @@ from rollout.budgets import BudgetPlan
 
 log = logging.getLogger("budget_rl")
 
-EVAL_STEP = MEASURING_FROM + 2
+EVAL_STEP = MEASURING_FROM + 3
 """Stands for the step in evaluation seeds, so that they differ from training's and are the same at every evaluation."""
 
 

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from rl.console import COLUMNS, STEP_WIDTH, cell
+from rl.console import COLUMNS, STEP_WIDTH, Column, cell
 from rl.run_folder import read_lines, replace_text
 
 TABLE_ROWS = 25
@@ -27,17 +27,17 @@ _SMOOTHED_PARTS = 20
 _WINDOW_LIMIT = 25
 
 
-def write_table(metrics_path: Path, out_path: Path) -> None:
+def write_table(metrics_path: Path, out_path: Path, *, columns: tuple[Column, ...] = COLUMNS) -> None:
     """Write the run as a table with the console's columns, evaluations below; Markdown for ``.md``, aligned text otherwise.
 
     Raises ValueError when the metrics file holds no step.
     """
     rows = _rows(metrics_path)
-    trained = [row for row in rows if "train/accuracy" in row]
+    trained = [row for row in rows if "time/step" in row or "train/accuracy" in row]
     every = max(1, -(-len(trained) // TABLE_ROWS))
     chosen = [row for i, row in enumerate(trained) if i == 0 or (i + 1) % every == 0 or i == len(trained) - 1]
-    steps = [["step", *(column.title for column in COLUMNS)]]
-    steps += [[str(row["step"]), *(cell(row, column) for column in COLUMNS)] for row in chosen]
+    steps = [["step", *(column.title for column in columns)]]
+    steps += [[str(row["step"]), *(cell(row, column) for column in columns)] for row in chosen]
     parts = [table_text(steps, markdown=out_path.suffix == ".md")] if len(steps) > 1 else []
     evaluations = _evaluations(rows)
     if len(evaluations) > 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -96,6 +97,17 @@ class TeacherAnswer:
     def bytes(self) -> int:
         """Size of what travels."""
         return sum(value.numel() * value.element_size() for value in vars(self).values() if value is not None)
+
+
+@dataclass(frozen=True)
+class HeadSources:
+    """Where the learner finds the heads of a teacher's two models."""
+
+    dpo: Path
+    """A local model folder; that of the base where the models are adapters, which leave its head alone."""
+    reverse: Path
+    vocabulary: int
+    """Rows to read: the ids that the tokenizer knows."""
 
 
 @dataclass(frozen=True)

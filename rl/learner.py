@@ -8,25 +8,29 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import socket
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from rl.batch import MicroBatch, pad_rows, plan_microbatches, select_rollouts
-from rl.correction import Correction, ImportanceWeight, importance_weight
+from reward.heads import read_head
+from rl.batch import MicroBatch, pad_rows, plan_microbatches, select_rollouts, units_of
 from rl.errors import BudgetRLError
-from rl.losses import kl_penalty, policy_loss
-from rl.policy import PLAIN, PolicyModel, Scores, load_policy
-from rl.replay import POLICY, OldScores, Task, rollout_rows, select_old
+from rl.guidance import HeadSources
+from rl.heterogeneous import entropy_statistics
+from rl.losses import kl_penalty
+from rl.objectives import add, distillation_objective, likelihood_objective, policy_objective, preference_objective
+from rl.policy import PLAIN, Alignment, PolicyModel, Scores, load_policy
+from rl.process_group import gathered_over_ranks
+from rl.replay import POLICY, OldScores, Task, select_old
+from rl.selection import weighted
 from rl.settings import LearnerSettings, LossSettings
-from rl.types import TrainBatch
+from rl.sstoken import PromptAttention
+from rl.types import EntropyStatistics, TrainBatch
 
 log = logging.getLogger("budget_rl.learner")
 
@@ -62,40 +66,20 @@ def deepspeed_config(settings: LearnerSettings, *, dtype: str) -> dict[str, Any]
     }
 
 
-def join_process_group(*, deadline_s: float) -> None:
-    """Initialise torch.distributed for DeepSpeed from RANK, WORLD_SIZE and an address: NCCL on GPU, gloo on CPU."""
-    import deepspeed
-
-    # Else DeepSpeed compiles a C++ all-reduce at the first start, a minute or an error where there is no compiler, for traffic
-    # that gloo carries as well.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # An actor without GPUs sees none (rl/cluster.py), so this is what was assigned, not what the machine has.
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    timeout, rank, world_size = timedelta(seconds=deadline_s), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    # As DeepSpeed itself binds it; with a single rank there is no peer.
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if backend == "nccl" and world_size > 1 else None
-    store = _rendezvous_store(rank, world_size, timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device)
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
-
-
-def _rendezvous_store(rank: int, world_size: int, timeout: timedelta) -> dist.TCPStore:
-    """The store at LEARNER_RENDEZVOUS, else MASTER_ADDR and MASTER_PORT, served by rank 0 on that address alone.
-
-    torch itself would listen on every address of the machine.
-    """
-    address = os.environ.get("LEARNER_RENDEZVOUS") or f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    host, _, port = address.rpartition(":")
-    listening = socket.create_server((host, int(port))).detach() if rank == 0 else None
-    return dist.TCPStore(host, int(port), world_size, is_master=rank == 0, timeout=timeout, master_listen_fd=listening)
-
-
 class Learner:
     """Policy, optimiser and (when KL is on) frozen reference of one rank; torch.distributed must be initialised."""
 
     def __init__(
-        self, folder: Path, settings: LearnerSettings, loss: LossSettings, *, dtype: str, trust_remote_code: bool = False
+        self,
+        folder: Path,
+        settings: LearnerSettings,
+        loss: LossSettings,
+        *,
+        dtype: str,
+        trust_remote_code: bool = False,
+        heads: HeadSources | None = None,
     ) -> None:
+        """``heads``: where those of the teacher's two models lie, which a distillation by hidden states needs here."""
         import deepspeed
 
         self.settings, self.loss_settings = settings, loss
@@ -109,6 +93,10 @@ class Learner:
         if loss.kl_coef > 0:
             self.reference = load_policy(folder, dtype=dtype, trust_remote_code=trust_remote_code).to(self.device).eval()
             self.reference.requires_grad_(False)
+        self.teacher_heads: tuple[torch.Tensor, ...] = () if heads is None else tuple(
+            read_head(folder, vocabulary=heads.vocabulary, dtype=dtype, trust_remote_code=trust_remote_code).to(self.device)
+            for folder in (heads.dpo, heads.reverse)
+        )
         optimizer = torch.optim.AdamW(
             policy.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
         )
@@ -136,33 +124,60 @@ class Learner:
     ) -> dict[str, Any]:
         """One or more optimiser steps on this rank's share of a step's rollouts.
 
-        ``global_tokens[m]`` is the number of loss tokens of mini-batch ``m`` over all ranks. Returns sums for the driver to add
-        over ranks (`sum/*`), maxima (`max/*`), values equal on every rank (`same/*`), `rollout_N5` (see `rl.replay.rollout_rows`)
-        and, if the task asks for it, `entropy_T`: float32, nats, of every token the engines sampled, at the sampling weights.
+        ``global_tokens[m]`` is what the loss of mini-batch ``m`` is divided by: its loss tokens over all ranks, or its pairs.
+        Returns sums for the driver to add over ranks (`sum/*`), maxima (`max/*`), values equal on every rank (`same/*`),
+        `rollout_N5` (see `rl.replay.rollout_rows`) and, if the task asks for it, `entropy_T`: float32, nats, of every token the
+        engines sampled, at the sampling weights.
         """
         self.engine.train()
         totals: dict[str, Any] = {}
         minibatches = len(global_tokens)
-        supervised = task.objective == "likelihood"
-        single_pass = minibatches == 1 and self.settings.epochs == 1
+        sampled = task.objective in ("policy", "distillation")
+        epochs = self.settings.epochs if sampled else 1
         # With one update per batch the ratio is 1 by definition: its own forward is the old policy, so no extra pass is paid.
-        old = None if single_pass or supervised else self._old_scores(batch, totals, task)
-        for _ in range(1 if supervised else self.settings.epochs):
+        single_pass = minibatches == 1 and epochs == 1 and not self._needs_statistics(task)
+        old = self._old_scores(batch, totals, task) if sampled and not single_pass else None
+        statistics = None if old is None else self._statistics(batch, old, task)
+        if task.distillation is not None:
+            batch = weighted(batch, old, global_tokens, task.distillation, gather=gathered_over_ranks)
+        for _ in range(epochs):
             for m in range(minibatches):
                 if global_tokens[m] == 0:
                     continue  # none of its answers was scored, and DeepSpeed cannot step without a gradient; all ranks skip it
                 index = [i for i, owner in enumerate(batch.minibatch_N.tolist()) if owner == m]
                 part = select_rollouts(batch, index)
                 part_old = None if old is None else select_old(batch, index, old)
-                self._minibatch(part, part_old, global_tokens[m], totals, task)
+                self._minibatch(part, part_old, statistics, global_tokens[m], totals, task)
                 self._optimiser_step(totals, total_updates)
         for name in ("entropy_T", "rollout_N5"):
             if name in totals:
                 totals[name] = torch.cat(totals[name])
         return totals
 
+    def score(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-prob (float32, nats) of every response token at the present weights, 0 elsewhere, and each rollout's index_N."""
+        old = self._old_scores(batch, {}, Task(objective="likelihood"))
+        return old.raw.cpu(), batch.index_N
+
+    def top_ids(self, batch: TrainBatch, k: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The policy's k most probable ids below ``vocabulary`` at every response token, int32 (T, k), 0 elsewhere; index_N."""
+        found = torch.zeros((batch.tokens, k), dtype=torch.int32)
+        with torch.no_grad():
+            for index in self._equal_plan(batch):
+                micro = self._move(pad_rows(batch, index))
+                scores = self.engine(micro.token_BS, micro.position_T, micro.target_T, top=(k, vocabulary))
+                if index:
+                    found[micro.source_T.cpu()] = scores.top.cpu()
+        return found, batch.index_N
+
     def _minibatch(
-        self, batch: TrainBatch, old: OldScores | None, global_tokens: int, totals: dict[str, Any], task: Task
+        self,
+        batch: TrainBatch,
+        old: OldScores | None,
+        statistics: EntropyStatistics | None,
+        global_tokens: int,
+        totals: dict[str, Any],
+        task: Task,
     ) -> None:
         plan = self._equal_plan(batch)
         for number, index in enumerate(plan):
@@ -172,61 +187,99 @@ class Learner:
             micro_old = old.at(micro.source_T) if old is not None and index else None
             scores = self._scores(micro, task, micro_old)
             if task.objective == "likelihood":
-                loss = -(scores.raw * micro.mask_T).sum()
-                _add(totals, "sum/loss", float(loss.detach()))
+                loss = likelihood_objective(micro, scores, totals)
+            elif task.objective == "preference":
+                loss = preference_objective(micro, scores, totals, task=task.preference)
             else:
                 if micro_old is None:
                     micro_old = OldScores.of(scores)
                     self._compare(totals, scores, micro, task)
-                loss = self._policy_objective(micro, micro_old, scores, totals, task.correction)
-            _add(totals, "sum/entropy", float((scores.entropy.detach() * micro.mask_T).sum()))
-            _add(totals, "sum/tokens", float(micro.mask_T.sum()))
-            _add(totals, "sum/padding", micro.padding)
-            _add(totals, "sum/grid", micro.token_BS.numel())
+                loss = self._sampled_objective(micro, micro_old, scores, statistics, totals, task)
+            add(totals, "sum/entropy", float((scores.entropy.detach() * micro.mask_T).sum()))
+            add(totals, "sum/tokens", float(micro.mask_T.sum()))
+            add(totals, "sum/padding", micro.padding)
+            add(totals, "sum/grid", micro.token_BS.numel())
             self.engine.backward(loss * (self.world_size / max(global_tokens, 1)), scale_wrt_gas=False)
 
-    def _scores(self, micro: MicroBatch, task: Task, old: OldScores | None = None) -> Scores:
-        """The policy on a micro-batch; once there are old scores, the temperature is theirs, whatever the entropy is by now."""
-        behaviour, temperature_T, bias_T = task.behaviour, _temperatures(micro), micro.bias_T
-        if task.objective == "likelihood" or (old is not None and task.correction.mode != "replay"):
-            behaviour, temperature_T, bias_T = PLAIN, None, None  # nobody looks at the shaped log-prob
-        elif old is not None:
-            behaviour, temperature_T = replace(behaviour, rule=None), old.temperature
-        return self.engine(micro.token_BS, micro.position_T, micro.target_T, temperature_T, bias_T, behaviour)
-
-    def _policy_objective(
-        self, micro: MicroBatch, old: OldScores, scores: Scores, totals: dict[str, Any], correction: Correction
+    def _sampled_objective(
+        self,
+        micro: MicroBatch,
+        old: OldScores,
+        scores: Scores,
+        statistics: EntropyStatistics | None,
+        totals: dict[str, Any],
+        task: Task,
     ) -> torch.Tensor:
-        replayed = correction.mode == "replay"
-        new_T, old_T = (scores.shaped, old.shaped) if replayed else (scores.raw, old.raw)
-        weight: ImportanceWeight | None = None
-        if correction.mode == "truncated":
-            weight = importance_weight(old.raw, micro.sampled_logp_T, micro.row_T, micro.index_B.numel(), correction)
-            _add(totals, "sum/correction_weight", float((weight.weight_T * micro.mask_T).sum()))
+        """Policy loss, its KL to the start policy, and a distillation, as far as the task and the settings ask for them."""
+        terms: list[torch.Tensor] = []
         settings = self.loss_settings
-        result = policy_loss(
-            new_T,
-            old_T,
-            micro.advantage_T,
-            micro.mask_T,
-            clip_low=settings.clip_low,
-            clip_high=settings.clip_high,
-            dual_clip=settings.dual_clip,
-            weight_T=None if weight is None else weight.weight_T,
-        )
-        loss = result.loss
-        _add(totals, "sum/loss", float(loss.detach()))
-        _add(totals, "sum/clipped", float(result.clipped_T.sum()))
-        _add(totals, "sum/dual_clipped", float(result.dual_clipped))
-        _add(totals, "sum/approx_kl", float(result.kl))
-        totals.setdefault("rollout_N5", []).append(rollout_rows(micro, result.clipped_T, weight))
+        if task.objective == "policy":
+            terms.append(
+                policy_objective(
+                    micro, old, scores, totals, settings=settings, correction=task.correction, statistics=statistics
+                )
+            )
+        if task.distillation is not None:
+            distilled = distillation_objective(micro, old, scores, totals, task=task.distillation, settings=settings)
+            terms.append(task.distillation.weight * distilled)
         if self.reference is not None:
             with torch.no_grad():
                 reference = self.reference(micro.token_BS, micro.position_T, micro.target_T).raw
             penalty = (kl_penalty(scores.raw, reference, settings.kl_form) * micro.mask_T).sum()
-            loss = loss + settings.kl_coef * penalty
-            _add(totals, "sum/kl", float(penalty.detach()))
-        return loss
+            terms.append(settings.kl_coef * penalty)
+            add(totals, "sum/kl", float(penalty.detach()))
+        return torch.stack(terms).sum()
+
+    def _scores(self, micro: MicroBatch, task: Task, old: OldScores | None = None) -> Scores:
+        """The policy on a micro-batch; once there are old scores, the temperature is theirs, whatever the entropy is by now."""
+        behaviour, temperature_T, bias_T = task.behaviour, _temperatures(micro), micro.bias_T
+        supervised = task.objective in ("likelihood", "preference")
+        if supervised or (old is not None and task.correction.mode != "replay"):
+            behaviour, temperature_T, bias_T = PLAIN, None, None  # nobody looks at the shaped log-prob
+        elif old is not None:
+            behaviour, temperature_T = replace(behaviour, rule=None), old.temperature
+        aligned = self._alignment(micro, task) if torch.is_grad_enabled() else None
+        return self.engine(
+            micro.token_BS, micro.position_T, micro.target_T, temperature_T, bias_T, behaviour, alignment=aligned
+        )
+
+    def _alignment(self, micro: MicroBatch, task: Task) -> Alignment | None:
+        """What the head needs to compare the student with the teacher; None where log-probs of the tokens suffice."""
+        distillation, guide = task.distillation, micro.guidance
+        whole = guide.dpo_hidden_TH is not None or guide.id_TK is not None
+        if distillation is None or distillation.mode == "scalar" or not whole:  # none of the step's answers is distilled
+            return None
+        dpo = reverse = None
+        if guide.dpo_hidden_TH is not None and guide.reverse_hidden_TH is not None:
+            heads = self.teacher_heads
+            dpo, reverse = (guide.dpo_hidden_TH, heads[0]), (guide.reverse_hidden_TH, heads[1])
+        return Alignment(
+            vocabulary=distillation.vocabulary,
+            r=distillation.r,
+            eps=distillation.eps,
+            id_TK=guide.id_TK,
+            teacher_logp_TK=guide.teacher_logp_TK,
+            tail_T=guide.tail_T,
+            dpo=dpo,
+            reverse=reverse,
+        )
+
+    def _needs_statistics(self, task: Task) -> bool:
+        """Whether the entropies of the whole batch must be known before the first update."""
+        heterogeneous = self.loss_settings.heterogeneous
+        by_batch = heterogeneous is not None and (heterogeneous.scope == "batch" or heterogeneous.entropy == "old")
+        selects = task.distillation is not None and task.distillation.selects_by_policy
+        return (by_batch and task.objective == "policy") or selects
+
+    def _statistics(self, batch: TrainBatch, old: OldScores, task: Task) -> EntropyStatistics | None:
+        """Statistics of the log entropies of all tokens with loss, over all ranks; None where nobody asks or there are none."""
+        heterogeneous = self.loss_settings.heterogeneous
+        if heterogeneous is None or task.objective != "policy" or heterogeneous.scope != "batch":
+            return None
+        entropy_T = gathered_over_ranks(old.entropy[batch.loss_mask_T.to(self.device)])
+        if not entropy_T.numel() or not bool(torch.isfinite(entropy_T).all()):
+            return None  # the gradient is not finite either: the step is skipped and said to be
+        return entropy_statistics(entropy_T, rho=heterogeneous.rho)
 
     def _old_scores(self, batch: TrainBatch, totals: dict[str, Any], task: Task) -> OldScores:
         """The scores at the sampling weights, before the first update, over the whole batch."""
@@ -234,19 +287,30 @@ class Learner:
         with torch.no_grad():
             for index in self._equal_plan(batch):
                 micro = self._move(pad_rows(batch, index))
-                scores = self._scores(micro, task)
+                with self._probed(batch, index, task) as probe:
+                    scores = self._scores(micro, task)
                 if index:
-                    found.append((micro.source_T, OldScores.of(scores)))
+                    # a token is scored by where it stands, one behind the position that predicts it
+                    mass_T = None if probe is None else probe.mass_BS.flatten()[micro.position_T + 1]
+                    found.append((micro.source_T, replace(OldScores.of(scores), attention=mass_T)))
                     self._compare(totals, scores, micro, task)
         return OldScores.gathered(found, batch.tokens, self.device)
+
+    def _probed(self, batch: TrainBatch, index: list[int], task: Task) -> AbstractContextManager[PromptAttention | None]:
+        """A forward pass in which the attention to the prompt is measured, where ssToken's selection looks at it."""
+        chosen = None if task.distillation is None else task.distillation.sstoken
+        if chosen is None or chosen[0] == 1:
+            return nullcontext()
+        length_B = batch.prompt_length_N[index] if index else torch.ones(1, dtype=torch.int64)
+        return PromptAttention(self.lm, length_B.to(self.device))
 
     def _compare(self, totals: dict[str, Any], scores: Scores, micro: MicroBatch, task: Task) -> None:
         """Gap between the engine's log-prob and the learner's at the same weights, and the entropies, of sampled tokens."""
         known_T = ~torch.isnan(micro.sampled_logp_T)
         gap_T = (scores.shaped.detach() - micro.sampled_logp_T)[known_T].abs()
         gap_T = gap_T.nan_to_num(nan=math.inf)  # max() would pass over a NaN
-        _add(totals, "sum/mismatch", float(gap_T.sum()))
-        _add(totals, "sum/mismatch_tokens", int(known_T.sum()))
+        add(totals, "sum/mismatch", float(gap_T.sum()))
+        add(totals, "sum/mismatch_tokens", int(known_T.sum()))
         if gap_T.numel():
             totals["max/mismatch"] = max(totals.get("max/mismatch", 0.0), float(gap_T.max()))
         if task.entropies:
@@ -254,7 +318,8 @@ class Learner:
 
     def _equal_plan(self, batch: TrainBatch) -> list[list[int]]:
         """Micro-batches of this rank, padded with empty ones to the longest plan: unequal counts abort ZeRO-2 and 3."""
-        plan = plan_microbatches(batch.start_N.diff().tolist(), self.settings.tokens_per_microbatch)
+        units = units_of(batch, range(batch.rollouts))
+        plan = plan_microbatches(batch.start_N.diff().tolist(), self.settings.tokens_per_microbatch, units)
         count = torch.tensor([len(plan)], device=self.device)
         dist.all_reduce(count, op=dist.ReduceOp.MAX)
         return plan + [[]] * (int(count) - len(plan))
@@ -290,7 +355,7 @@ class Learner:
         if self.device.type == "cpu":
             return micro
         tensors = {name: value.to(self.device) for name, value in vars(micro).items() if isinstance(value, torch.Tensor)}
-        return replace(micro, **tensors)
+        return replace(micro, **tensors, guidance=micro.guidance.map(lambda column: column.to(self.device)))
 
     # -- weights and state -----------------------------------------------------------------------------------------------
 
@@ -336,7 +401,3 @@ def _tied_names(policy: PolicyModel) -> dict[str, list[str]]:
 def _temperatures(micro: MicroBatch) -> torch.Tensor | None:
     """None when every temperature is 1, which spares the second distribution."""
     return None if bool((micro.temperature_T == 1.0).all()) else micro.temperature_T
-
-
-def _add(totals: dict[str, float], name: str, value: float) -> None:
-    totals[name] = totals.get(name, 0.0) + value

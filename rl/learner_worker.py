@@ -23,7 +23,7 @@ from verl.single_controller.ray import RayWorkerGroup
 from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 
 from rl.batch import units_of
-from rl.guidance import Guidance
+from rl.guidance import Guidance, HeadSources
 from rl.settings import LearnerSettings, LossSettings
 from rl.types import TrainBatch, WeightVersion
 from rl.waiting import wait_for
@@ -157,8 +157,18 @@ class LearnerGroup(RayWorkerGroup):
 class LearnerWorker(Worker):
     """One learner rank inside a Ray actor. Every method is non-blocking on the driver, which waits with a deadline."""
 
-    def __init__(self, settings: LearnerSettings, loss: LossSettings, *, dtype: str, trust_remote_code: bool, seed: int) -> None:
+    def __init__(
+        self,
+        settings: LearnerSettings,
+        loss: LossSettings,
+        *,
+        dtype: str,
+        trust_remote_code: bool,
+        seed: int,
+        heads: HeadSources | None = None,
+    ) -> None:
         super().__init__()
+        self.heads = heads
         threads = settings.threads_per_rank or max(1, (os.cpu_count() or 1) // settings.ranks)
         torch.set_num_threads(threads)
         self.settings, self.loss_settings = settings, loss
@@ -169,7 +179,8 @@ class LearnerWorker(Worker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     def start(self, folder: str) -> int:
         """Join the process group and load the model; returns the number of parameters."""
-        from rl.learner import Learner, join_process_group
+        from rl.learner import Learner
+        from rl.process_group import join_process_group
 
         torch.manual_seed(self.seed + self.rank)
         random.seed(self.seed + self.rank)
@@ -177,7 +188,12 @@ class LearnerWorker(Worker):
         if not torch.distributed.is_initialized():
             join_process_group(deadline_s=self.settings.deadline_s)
         self.learner = Learner(
-            Path(folder), self.settings, self.loss_settings, dtype=self.dtype, trust_remote_code=self.trust_remote_code
+            Path(folder),
+            self.settings,
+            self.loss_settings,
+            dtype=self.dtype,
+            trust_remote_code=self.trust_remote_code,
+            heads=self.heads,
         )
         return sum(getattr(p, "ds_numel", p.numel()) for p in self.learner.lm.parameters())
 
@@ -185,6 +201,16 @@ class LearnerWorker(Worker):
     def update(self, data: DataProto) -> dict[str, Any]:
         """Optimise on this rank's rows; the rest of the arguments travel in ``data.meta_info``."""
         return self.learner.update(from_data_proto(data), **data.meta_info["update"])
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC, blocking=False)
+    def score(self, data: DataProto) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `rl.learner.Learner.score`, of this rank's rows."""
+        return self.learner.score(from_data_proto(data))
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC, blocking=False)
+    def top_ids(self, data: DataProto) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `rl.learner.Learner.top_ids`, of this rank's rows."""
+        return self.learner.top_ids(from_data_proto(data), **data.meta_info["top_ids"])
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     def collect_weights(self, number: int) -> WeightBundle | None:

@@ -12,8 +12,8 @@ from rl.types import Lease, Prompt, Shaping
 from rollout.budgets import BudgetPlan
 from rollout.openings import Opening
 
-MEASURING_FROM = 999_997
-"""Tickets from this step on are sampled for their figures alone and train nothing."""
+MEASURING_FROM = 999_996
+"""Tickets from this step on are sampled for their verdicts and figures alone: no reward function is asked."""
 
 
 @dataclass(frozen=True)

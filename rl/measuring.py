@@ -21,7 +21,7 @@ from rollout.budgets import BudgetPlan
 
 log = logging.getLogger("budget_rl")
 
-REFERENCE_STEP, MONITOR_STEP = MEASURING_FROM + 1, MEASURING_FROM
+REFERENCE_STEP, MONITOR_STEP = MEASURING_FROM + 2, MEASURING_FROM + 1
 """Stand for the step in seeds, so that these answers are neither training's nor evaluation's."""
 
 PORTION = 256

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+import kernels
 from kernels import linear_logprob_entropy
 from rl.behaviour import Behaviour
 from rl.errors import ConfigError
@@ -27,6 +28,27 @@ class Scores(NamedTuple):
     """Entropy at temperature 1, unshaped, in nats."""
     temperature: torch.Tensor | None
     """Total temperature; None where it is 1."""
+    divergence: torch.Tensor | None = None
+    """Reverse KL to the teacher in nats, from an :class:`Alignment`; else None."""
+    alpha: torch.Tensor | None = None
+    """Weight of the teacher's extrapolation, where it is composed here."""
+    top: torch.Tensor | None = None
+    """int32 (R, k): the most probable ids, where they were asked for."""
+
+
+class Alignment(NamedTuple):
+    """A composed teacher at the same R tokens: either its probabilities of K ids, or what both models make it from."""
+
+    vocabulary: int
+    """Rows of the heads that the tokenizer knows; the rest is padding."""
+    r: float
+    eps: float
+    id_TK: torch.Tensor | None
+    teacher_logp_TK: torch.Tensor | None
+    tail_T: torch.Tensor | None
+    dpo: tuple[torch.Tensor, torch.Tensor] | None
+    """Final hidden states (R, H) and head (V, H) of the DPO model."""
+    reverse: tuple[torch.Tensor, torch.Tensor] | None
 
 
 class LogProbHead(nn.Module):
@@ -48,11 +70,40 @@ class LogProbHead(nn.Module):
         temperature_T: torch.Tensor | None,
         bias_T: torch.Tensor | None = None,
         behaviour: Behaviour = PLAIN,
+        alignment: Alignment | None = None,
+        top: tuple[int, int] | None = None,
     ) -> Scores:
         """Log-probs and entropies of the targets, raw and under the distribution they were sampled from.
 
         ``temperature_T`` (None: 1) is multiplied by the behaviour's factor, from the entropy of these very hidden states.
+        With an ``alignment`` also the KL of the raw distribution to the teacher; ``top`` = (k, vocabulary) asks for the most
+        probable k ids below vocabulary.
         """
+        scores = self._scores(hidden_TH, target_T, temperature_T, bias_T, behaviour)
+        if top is not None:
+            return scores._replace(top=kernels.top_ids(hidden_TH, self.weight[: top[1]], top[0]))
+        if alignment is None:
+            return scores
+        divergence, alpha = self._divergence(hidden_TH, alignment)
+        return scores._replace(divergence=divergence, alpha=alpha)
+
+    def _divergence(self, hidden_TH: torch.Tensor, alignment: Alignment) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weight_VH = self.weight[: alignment.vocabulary]
+        if alignment.dpo is not None and alignment.reverse is not None:
+            return kernels.linear_alignment_kl(
+                (hidden_TH, weight_VH), alignment.dpo, alignment.reverse, r=alignment.r, eps=alignment.eps
+            )
+        assert alignment.id_TK is not None and alignment.teacher_logp_TK is not None and alignment.tail_T is not None
+        return kernels.linear_bucket_kl(hidden_TH, weight_VH, alignment.id_TK, alignment.teacher_logp_TK, alignment.tail_T), None
+
+    def _scores(
+        self,
+        hidden_TH: torch.Tensor,
+        target_T: torch.Tensor,
+        temperature_T: torch.Tensor | None,
+        bias_T: torch.Tensor | None,
+        behaviour: Behaviour,
+    ) -> Scores:
         options: dict[str, Any] = {"head_bias_V": self.bias, "softcap": self.softcap}
         if behaviour.rule is not None:
             with torch.no_grad():  # the temperature is data: no gradient flows through it
@@ -92,6 +143,8 @@ class PolicyModel(nn.Module):
         temperature_T: torch.Tensor | None = None,
         bias_T: torch.Tensor | None = None,
         behaviour: Behaviour = PLAIN,
+        alignment: Alignment | None = None,
+        top: tuple[int, int] | None = None,
     ) -> Scores:
         """See :meth:`LogProbHead.forward`; ``position_T`` indexes the flattened grid of ``token_BS`` (rows, width).
 
@@ -100,7 +153,7 @@ class PolicyModel(nn.Module):
         """
         hidden_BSH = self.lm.base_model(input_ids=token_BS, use_cache=False).last_hidden_state
         hidden_TH = hidden_BSH.flatten(0, 1)[position_T]
-        return self.head(hidden_TH, target_T, temperature_T, bias_T, behaviour)
+        return self.head(hidden_TH, target_T, temperature_T, bias_T, behaviour, alignment, top)
 
 
 def load_policy(

@@ -13,15 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reward.teacher_files import Sources, check_teacher
 from rl.behaviour import Vocabulary
 from rl.console import Console
+from rl.contrast import ContrastEncoder
 from rl.data import DataError, Problems, load_problems
 from rl.embedded import build_tiny, tiny_config, tiny_tokenizer
 from rl.errors import ConfigError
 from rl.models import at_folder, local_folder, longest_context
+from rl.pair_files import read_pairs
+from rl.pair_sampling import check_enough, counted, longest_pair
+from rl.pairs import FoundPairs
 from rl.prompts import PromptEncoder, PromptStream, load_tokenizer, uses_chat_template
 from rl.rollout_settings import ReflexSettings
 from rl.settings import Settings
+from rl.stage_settings import learns_from_pairs, makes_its_teachers
 from rl.traces import Trace, make_traces
 from rl.types import Prompt
 from rl.waiting import StopFlag
@@ -29,6 +35,9 @@ from rollout.budgets import BudgetPlan
 from rollout.reflex import end_id, reflection_ids
 
 log = logging.getLogger("budget_rl")
+
+UNBOUNDED = 10**9
+"""Context in tokens of a model that does not say what it takes."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,12 @@ class Inputs:
     dropped_share: float
     vocabulary: Vocabulary | None = None
     """The ids that a reflection bias is about; None without one."""
+    pairs: FoundPairs | None = None
+    """A data set's; None where the run has none, or samples them itself."""
+    contrast: ContrastEncoder | None = None
+    """T-REG's two prompts; None without token rewards."""
+    teacher: Sources | None = None
+    """The two models of a distillation's teacher; None without one."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +74,9 @@ class Prepared:
     plan: BudgetPlan
     dropped_share: float
     vocabulary: Vocabulary | None = None
+    pairs: FoundPairs | None = None
+    contrast: ContrastEncoder | None = None
+    teacher: Sources | None = None
 
 
 def find_inputs(settings: Settings) -> Inputs:
@@ -92,7 +110,51 @@ def find_inputs(settings: Settings) -> Inputs:
         plan=plan,
         dropped_share=dropped / max(len(problems.train), 1),
         vocabulary=reflection_vocabulary(settings.rollout.reflex, tokenizer),
+        pairs=found_pairs(settings, tokenizer),
+        contrast=contrast_of(settings, tokenizer, encoder, prompts[0], model),
+        teacher=teacher_sources(settings, model),
     )
+
+
+def found_pairs(settings: Settings, tokenizer: Any) -> FoundPairs | None:
+    """The pairs of a data set, where the run learns from one. Raises DataError for one that cannot be read or is too small."""
+    preference = settings.preference
+    if preference is None or preference.pairs.from_rollouts or not learns_from_pairs(settings):
+        return None
+    found = read_pairs(preference.pairs, settings.data, tokenizer, max_length=longest_pair(settings))
+    check_enough(len(found.pairs), settings, what=counted(found))
+    return found
+
+
+def contrast_of(
+    settings: Settings, tokenizer: Any, encoder: PromptEncoder, prompt: Prompt, model: Path | None
+) -> ContrastEncoder | None:
+    """T-REG's two prompts, tried on one problem; None for a run without token rewards."""
+    chosen, section = settings.treg, "treg.contrast"
+    if chosen is None and settings.stage == "preference" and settings.preference is not None:
+        chosen, section = settings.preference.treg, "preference.treg.contrast"
+    if chosen is None:
+        return None
+    if model is not None:
+        positions = longest_context(model)
+    else:
+        assert settings.warm_start is not None
+        positions = tiny_config(settings.warm_start).max_position_embeddings
+    found = ContrastEncoder(chosen.contrast, encoder, tokenizer, max_length=positions or UNBOUNDED, section=section)
+    found.check(prompt.question, tokenizer.encode(prompt.answer, add_special_tokens=False))
+    return found
+
+
+def teacher_sources(settings: Settings, model: Path | None) -> Sources | None:
+    """Where the teacher's models lie. Raises ConfigError for a teacher that cannot work beside the student."""
+    if settings.distil is None or makes_its_teachers(settings):
+        return None
+    if model is None:
+        raise ConfigError(
+            "distil.teacher names models, and the student is yet to be made by warm_start, so that they cannot belong together",
+            fix="set warm_start=null and model=FOLDER, or leave distil.teacher.dpo and reverse out",
+        )
+    return check_teacher(settings.distil.teacher, model, trust_remote_code=settings.model.trust_remote_code)
 
 
 def check_functions(settings: Settings, *, chat: bool) -> None:
@@ -141,6 +203,9 @@ def prepare_run(settings: Settings, inputs: Inputs, console: Console, stop: Stop
         plan=inputs.plan,
         dropped_share=inputs.dropped_share,
         vocabulary=inputs.vocabulary,
+        pairs=inputs.pairs,
+        contrast=inputs.contrast,
+        teacher=inputs.teacher,
     )
 
 

@@ -6,6 +6,7 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,15 +16,18 @@ from rl.checkpointing import Resume, save_checkpoint
 from rl.cluster import Workforce
 from rl.collection import Collected, Collector
 from rl.console import Console
+from rl.credit import Credits
 from rl.errors import BudgetRLError
 from rl.evaluation import evaluate, write_per_problem
-from rl.fairness import fairness_metrics, unfair_rejection
+from rl.fairness import fairness_metrics
 from rl.function_metrics import function_metrics
 from rl.generation import generate_step, new_tokens
-from rl.learner_worker import to_data_proto
+from rl.guiding import FrozenModels
 from rl.measuring import measure_reference, measure_targets, monitor_is_due, prompts_ahead
+from rl.pair_sampling import right_answers
 from rl.preparation import Prepared
 from rl.replay import Task
+from rl.reporting import Reporter
 from rl.reward_state import RewardState
 from rl.run_folder import RunFolder
 from rl.sampling_state import SamplingState, read_rewards, read_sampling
@@ -32,17 +36,14 @@ from rl.step_metrics import advantage_metrics, budget_labels, exit_metrics, lear
 from rl.step_rules import build_batch, chosen_correction, idle_error, sample_record, unscored_error, unscored_members
 from rl.tracking import Tracker
 from rl.types import Manifest, Scored, Shaping, StepReport, TrainBatch
+from rl.updates import distillation_of, loss_tokens, planned_updates, update_learners
 from rl.waiting import StopFlag, StopRequested, wait_for
 from rollout.progress import engine_metrics
 
 log = logging.getLogger("budget_rl")
 
-ADVANTAGE_DRIFT = 0.5
-"""|mean advantage| above this share of its spread pushes all sampled tokens one way; see docs/stability.md."""
 UNSCORED_KEPT = 10
 """Answers kept when too many of a step could not be judged."""
-MISMATCH_LIMIT = {"float32": 1e-3, "bfloat16": 1.0}
-"""Largest |engine - learner| log-prob that rounding explains (measured: 6e-5 in float32, 0.2 to 0.6 in bfloat16)."""
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Progress:
     minutes_before: float = 0.0
     started: float = 0.0
     saved_step: int = -1
+    rollouts_seen: int = 0
 
     @property
     def minutes(self) -> float:
@@ -77,9 +79,13 @@ class Run:
         self.settings, self.prepared, self.workforce = settings, prepared, workforce
         self.folder, self.console, self.tracker, self.stop = folder, console, tracker, stop
         self.collector = Collector(workforce.engines, workforce.scorers, settings)
+        self.reporter = Reporter(settings, folder, console, tracker)
+        self.frozen = FrozenModels.of(settings, workforce, stop)
+        self.credits: Credits | None = None
+        if prepared.contrast is not None:
+            self.credits = Credits(settings, prepared.contrast, prepared.tokenizer, workforce.frozen, stop)
         self.progress = Progress(started=time.monotonic())
         self.sampling, self.rewards = SamplingState(), RewardState()
-        self.warned: set[str] = set()
         self.evaluation: tuple[int, dict[str, float]] = (-1, {})
         """The newest held-out figures and the step they were measured at."""
 
@@ -93,6 +99,7 @@ class Run:
         if resume is None:
             self.push_weights()
             self.measure_start(None)
+            self.test_credits()
         else:
             self.measure_start(resume[0])
             self.restore(*resume)
@@ -107,7 +114,13 @@ class Run:
         )
         self.sampling = read_sampling(checkpoint)
         self.progress = Progress(
-            manifest.step, manifest.cursor, manifest.tokens_seen, manifest.minutes_spent, time.monotonic(), manifest.step
+            step=manifest.step,
+            cursor=manifest.cursor,
+            tokens_seen=manifest.tokens_seen,
+            minutes_before=manifest.minutes_spent,
+            started=time.monotonic(),
+            saved_step=manifest.step,
+            rollouts_seen=manifest.rollouts_seen,
         )
         self.push_weights()
 
@@ -133,6 +146,7 @@ class Run:
         return (
             (s.max_steps is not None and p.step >= s.max_steps)
             or (s.max_tokens is not None and p.tokens_seen >= s.max_tokens)
+            or (s.max_rollouts is not None and p.rollouts_seen >= s.max_rollouts)
             or (s.max_minutes is not None and p.minutes >= s.max_minutes)
         )
 
@@ -166,19 +180,20 @@ class Run:
         )
         collected, groups = found.collected, found.refill.groups
         if found.refill.short_by:
-            self.warn("refill", f"step {progress.step + 1}: {found.refill.shortage(settings)}")
+            self.reporter.warn("refill", f"step {progress.step + 1}: {found.refill.shortage(settings)}")
         batch, advantage_N, members = build_batch(found.refill.kept, settings, self.prepared.vocabulary)
         metrics = rollout_metrics(groups, drawn=not settings.rollout.has_listed_budgets) | advantage_metrics(advantage_N, batch)
         metrics |= function_metrics(groups) | exit_metrics(groups, exits=settings.rollout.exits)
         metrics |= self.rewards.figures(settings.reward)
         metrics |= {"rollouts/lost": float(len(collected.lost)), "prompts/dropped": self.prepared.dropped_share}
         metrics |= engine_metrics(collected.stats) | found.refill.figures()
-        self.write_samples(progress.step + 1, members, advantage_N)
-        if progress.step == 0 and (error := idle_error(metrics, settings)) is not None:
-            self.record(StepReport(1, metrics))  # what the advice is about, on screen and on disk
+        self.reporter.write_samples(progress.step + 1, members, advantage_N)
+        if progress.step == 0 and settings.stage == "rl" and (error := idle_error(metrics, settings)) is not None:
+            self.reporter.record(StepReport(1, metrics))  # what the advice is about, on screen and on disk
             raise error
+        batch, guided = self.guide(batch, members)
         learning = time.monotonic()
-        metrics |= self.update(batch, shaping, members)
+        metrics |= guided | self.update(batch, shaping, members)
         syncing = time.monotonic()
         progress.step += 1
         self.push_weights()
@@ -189,6 +204,7 @@ class Run:
         self.rewards.observe(groups, settings.reward)
         tokens = sum(new_tokens(m.rollout, settings) for group in groups for m in group.members)
         progress.tokens_seen += tokens
+        progress.rollouts_seen += sum(len(group.members) for group in groups)
         metrics |= {
             "time/generate": collected.generate_s,
             "time/score": collected.score_s,
@@ -197,6 +213,7 @@ class Run:
             "time/step": ended - started,
             "rate/tokens_per_s": tokens / (ended - started),
             "tokens/total": float(progress.tokens_seen),
+            "rollouts/total": float(progress.rollouts_seen),
         }
         return StepReport(progress.step, metrics)
 
@@ -218,6 +235,23 @@ class Run:
         self.console.say(f"start policy measured on {found} of {len(prompts)} prompts, {time.monotonic() - started:.0f} s")
         self.progress.started = time.monotonic()  # max_minutes is about training
 
+    def test_credits(self) -> None:
+        """Prove on the start policy's own right answers that T-REG's token rewards have the right sign, or refuse to go on."""
+        treg = self.settings.treg
+        if treg is None or self.credits is None or not treg.self_test:
+            return
+        answers = right_answers(self.collector, self.prepared.plan, self.prepared.stream, self.settings, stop=self.stop)
+        found = self.credits.self_test(
+            [r.lease.prompt.question for r in answers],
+            [r.response_ids for r in answers],
+            [r.prefill_length for r in answers],
+            section="treg",
+        )
+        self.console.say(
+            f"T-REG's self-test: the right token earned more at {found.share:.0%} of {found.places} places "
+            f"(95 % interval from {found.lower:.0%})"
+        )
+
     def check_scored(self, collected: Collected) -> None:
         """Raise when too many answers got no verdict, with the worst of them in unscored.jsonl."""
         if (error := unscored_error(collected, self.settings.reward.max_unscored)) is not None:
@@ -225,30 +259,39 @@ class Run:
             self.folder.append_unscored(self.progress.step + 1, [sample_record(m, 0.0) for m in worst])
             raise error
 
+    def guide(self, batch: TrainBatch, members: list[Scored]) -> tuple[TrainBatch, dict[str, float]]:
+        """The batch with what frozen models say of it: T-REG's token rewards in its advantages, a teacher beside them."""
+        figures: dict[str, float] = {}
+        if self.settings.treg is not None and self.credits is not None:
+            rollouts = [member.rollout for member in members]
+            batch, figures = self.credits.reshaped(batch, rollouts, weight=self.settings.treg.weight)
+        distil = self.settings.distil
+        if distil is not None:
+            wanted = [m.verdict.status.value in distil.verdicts for m in members]
+            batch, taught = self.frozen.teach(batch, torch.tensor(wanted))
+            figures |= taught
+        return batch, figures
+
     def update(self, batch: TrainBatch, shaping: Shaping, members: list[Scored]) -> dict[str, float]:
         """One pass of optimiser steps over the step's rollouts."""
         settings = self.settings
-        data = to_data_proto(batch, settings.learner.ranks)
-        global_tokens = [0] * settings.learner.minibatches
-        per_rollout = torch.zeros(batch.rollouts, dtype=torch.int64)
-        owner_T = torch.arange(batch.rollouts).repeat_interleave(batch.start_N.diff())
-        per_rollout.index_add_(0, owner_T, batch.loss_mask_T.long())
-        for i, m in enumerate(batch.minibatch_N.tolist()):
-            global_tokens[m] += int(per_rollout[i])
         per_step = settings.learner.minibatches * settings.learner.epochs
         correction = chosen_correction(settings)
-        data.meta_info["update"] = {
-            "global_tokens": global_tokens,
-            "total_updates": settings.max_steps * per_step if settings.max_steps else None,
-            "task": Task(
-                correction=correction,
-                behaviour=behaviour_of([shaping], self.prepared.vocabulary),
-                entropies=settings.rollout.adaptive is not None,
-            ),
-        }
+        task = Task(
+            objective="distillation" if settings.stage == "distil" else "policy",
+            correction=correction,
+            behaviour=behaviour_of([shaping], self.prepared.vocabulary),
+            entropies=settings.rollout.adaptive is not None,
+            distillation=distillation_of(settings, batch, self.frozen.vocabulary),
+        )
         # Not interruptible: the weights must be those of a whole step when a checkpoint is written.
-        totals = wait_for(
-            self.workforce.learners.update(data),
+        totals = update_learners(
+            self.workforce.learners,
+            batch,
+            task,
+            ranks=settings.learner.ranks,
+            divisors=loss_tokens(batch, settings.learner.minibatches),
+            total_updates=planned_updates(settings),
             seconds=settings.learner.deadline_s,
             what=f"learner update {self.progress.step + 1}",
         )
@@ -281,55 +324,11 @@ class Run:
             if served.number != version:
                 raise BudgetRLError(f"engine {index} serves weights v{served.number} after a push of v{version}")
 
-    # -- reporting -------------------------------------------------------------------------------------------------------
-
-    def record(self, report: StepReport) -> None:
-        """Hand one report to every sink."""
-        self.folder.append_metrics(report)
-        self.tracker.step(report)
-        self.console.step(report)
-        if report.step == 1:
-            self.console.first_step_table(report)
+    # -- evaluation and state --------------------------------------------------------------------------------------------
 
     def publish(self, report: StepReport) -> None:
         """Record a finished step and raise the alarms."""
-        self.record(report)
-        m = report.metrics
-        if abs(m["adv/mean"]) > ADVANTAGE_DRIFT * max(m["adv/std"], 1e-9) and m["adv/nonzero_tokens"] > 0:
-            self.warn(
-                "drift",
-                f"mean advantage {m['adv/mean']:+.2f} at step {report.step}: the update pushes all samples one way; "
-                f"set advantage.centre=group (docs/stability.md)",
-            )
-        if m["mismatch/max"] > MISMATCH_LIMIT[self.settings.model.dtype]:
-            log.info("step %d: mismatch/max is %.1e nats", report.step, m["mismatch/max"])
-            self.warn(
-                "mismatch",
-                f"engine and learner disagree by {m['mismatch/max']:.1e} nats at step {report.step}: ratios are biased; "
-                f"use correction=truncated or model.dtype=float32",
-            )
-        if (unfair := unfair_rejection(dict(m))) is not None:
-            self.warn("rejection", f"step {report.step}: {unfair}")
-        if m["learn/skipped"]:
-            log.warning(
-                "step %d: %d optimiser step skipped, loss or gradient was not finite; weights unchanged",
-                report.step,
-                int(m["learn/skipped"]),
-            )
-
-    def warn(self, key: str, text: str) -> None:
-        """Say something once a run."""
-        if key not in self.warned:
-            self.warned.add(key)
-            log.warning(text)
-
-    def write_samples(self, step: int, members: list[Scored], advantage_N: torch.Tensor) -> None:
-        """A few rollouts of ``step``, spread over the batch, to samples.jsonl."""
-        wanted = min(self.settings.output.samples_per_step, len(members))
-        # A step further into its group each time, so that every budget gets its turn.
-        stride = self.settings.rollout.samples_per_prompt // max(wanted, 1)
-        picked = [(i * len(members) // wanted + i * stride) % len(members) for i in range(wanted)]
-        self.folder.append_samples(step, [sample_record(members[i], float(advantage_N[i])) for i in picked])
+        self.reporter.publish(report)
 
     @property
     def evaluation_file(self) -> Path:
@@ -351,9 +350,7 @@ class Run:
         )
         write_per_problem(self.evaluation_file, results, step=self.progress.step)
         metrics = {name: value for result in results for name, value in result.metrics().items()}
-        report = StepReport(self.progress.step, metrics | {"time/eval": time.monotonic() - started})
-        self.folder.append_metrics(report)
-        self.tracker.step(report)
+        self.reporter.evaluation(self.progress.step, metrics | {"time/eval": time.monotonic() - started})
         self.evaluation = (self.progress.step, metrics)
         free = results[0]
         self.console.say(
@@ -361,6 +358,10 @@ class Run:
             f"cut {free.truncated:.1%} ({len(self.prepared.held_out)} problems x {self.settings.eval.samples}, no budget)"
         )
         return metrics
+
+    def extra_state(self) -> dict[str, Any]:
+        """What a checkpoint of this kind of run holds beside what all have: sections of its state.json."""
+        return {}
 
     def save(self) -> Path | None:
         """Write a checkpoint of the last finished step unless there is one."""
@@ -375,11 +376,13 @@ class Run:
             step=p.step,
             cursor=p.cursor,
             tokens_seen=p.tokens_seen,
+            rollouts_seen=p.rollouts_seen,
             minutes_spent=p.minutes,
             run_id=self.tracker.run_id,
             evaluation=self.evaluation[1] if self.evaluation[0] == p.step else {},
             sampling=self.sampling,
             rewards=self.rewards,
+            extra=self.extra_state(),
         )
         p.saved_step = p.step
         return path

@@ -16,12 +16,12 @@ import torch
 from rl.batch import pack_rollouts
 from rl.budget_settings import BudgetEffort
 from rl.cluster import Workforce
-from rl.learner_worker import to_data_proto
 from rl.models import MODEL_SUFFIXES
 from rl.replay import Task
 from rl.settings import LearnerSettings, LossSettings, Settings
 from rl.traces import Trace
 from rl.types import Budget, BudgetKind, FinishReason, Lease, Prompt, Rollout, Shaping, TrainBatch
+from rl.updates import loss_tokens, update_learners
 from rl.waiting import StopFlag, wait_for
 
 log = logging.getLogger("budget_rl")
@@ -169,15 +169,15 @@ def _batches(count: int, batch_size: int, epochs: int, seed: int) -> list[list[i
 def _update(
     workforce: Workforce, batch: TrainBatch, minibatches: int, *, total_updates: int, stop: StopFlag | None
 ) -> dict[str, Any]:
-    data = to_data_proto(batch, 1)
-    per_minibatch = [0] * minibatches
-    for i, owner in enumerate(batch.minibatch_N.tolist()):
-        per_minibatch[owner] += int(batch.loss_mask_T[batch.start_N[i] : batch.start_N[i + 1]].sum())
-    data.meta_info["update"] = {
-        "task": Task(objective="likelihood"),
-        "global_tokens": per_minibatch,
-        "total_updates": total_updates,
-    }
-    refs = workforce.learners.update(data)
-    seconds = workforce.settings.learner.deadline_s
-    return wait_for(refs, seconds=seconds, what="learner updates (warm start)", stop=stop)[0]
+    (totals,) = update_learners(
+        workforce.learners,
+        batch,
+        Task(objective="likelihood"),
+        ranks=1,
+        divisors=loss_tokens(batch, minibatches),
+        total_updates=total_updates,
+        seconds=workforce.settings.learner.deadline_s,
+        what="learner updates (warm start)",
+        stop=stop,
+    )
+    return totals

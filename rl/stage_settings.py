@@ -17,12 +17,15 @@ def check_stage(settings: Settings) -> None:
         raise ValueError("stage=distil learns from a teacher, and there is no section distil; add one (docs/distillation.md)")
     if settings.stage == "preference" and distil is not None:
         raise ValueError("stage=preference has no teacher to distil from; leave distil out, or set stage=distil")
-    makes_teachers = distil is not None and distil.teacher.is_made
+    makes_teachers = makes_its_teachers(settings)
     if preference is not None and settings.stage != "preference" and not makes_teachers and not _reads_pairs(settings):
         raise ValueError(
             f"the section preference is never used in stage={settings.stage}: set stage=preference, or leave it out; "
             "a distillation uses it where distil.teacher.dpo and reverse are not given"
         )
+    if distil is not None and (distil.teacher.dpo is None) != (distil.teacher.reverse is None):
+        missing = "dpo" if distil.teacher.dpo is None else "reverse"
+        raise ValueError(f"distil.teacher.{missing} is not given, and the teacher is made of two models; name both or neither")
     if makes_teachers and preference is None:
         raise ValueError(
             "distil.teacher names no models: give distil.teacher.dpo and distil.teacher.reverse, or a section preference that "
@@ -38,13 +41,23 @@ def check_stage(settings: Settings) -> None:
     _check_updates(settings)
 
 
+def makes_its_teachers(settings: Settings) -> bool:
+    """Whether the preference stage is to make the two models of the teacher first."""
+    return settings.distil is not None and settings.distil.teacher.dpo is None and settings.distil.teacher.reverse is None
+
+
+def learns_from_pairs(settings: Settings) -> bool:
+    """Whether a step is a batch of pairs rather than of rollouts."""
+    return settings.stage == "preference" or _reads_pairs(settings)
+
+
 def _reads_pairs(settings: Settings) -> bool:
     return settings.distil is not None and settings.distil.data == "pairs"
 
 
 def _check_updates(settings: Settings) -> None:
     learner = settings.learner
-    supervised = settings.stage == "preference" or (settings.stage == "distil" and _reads_pairs(settings))
+    supervised = learns_from_pairs(settings)
     if supervised and (learner.minibatches != 1 or learner.epochs != 1):
         raise ValueError(
             f"learner.minibatches={learner.minibatches} and learner.epochs={learner.epochs} repeat updates on rollouts; "

@@ -138,8 +138,8 @@ def advantage_metrics(advantage_N: torch.Tensor, batch: TrainBatch) -> dict[str,
     }
 
 
-def learner_metrics(ranks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Merge the ranks' totals (`sum/*` added, `max/*` maximised, `same/*` equal everywhere) into per-token means.
+def merged_totals(ranks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The ranks' totals as one: `sum/*` added, `max/*` maximised, `same/*` equal everywhere.
 
     What is no number (entropies, rows per rollout) is for others.
     """
@@ -155,6 +155,12 @@ def learner_metrics(ranks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
                 totals[name] = max(totals.get(name, value), value)
             else:
                 totals[name] = value
+    return totals
+
+
+def learner_metrics(ranks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means per token of an update's totals over all ranks, and what was the same on all of them."""
+    totals = merged_totals(ranks)
     tokens = max(totals.get("sum/tokens", 0.0), 1.0)
     metrics = {
         "policy/loss": totals.get("sum/loss", 0.0) / tokens,
@@ -170,10 +176,42 @@ def learner_metrics(ranks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
     optional = {
         "learn/grad_norm": totals.get("same/grad_norm"),
-        "policy/kl": totals["sum/kl"] / tokens if "sum/kl" in totals else None,
-        "policy/correction_weight": totals["sum/correction_weight"] / tokens if "sum/correction_weight" in totals else None,
+        "policy/kl": _per(totals, "sum/kl", tokens),
+        "policy/correction_weight": _per(totals, "sum/correction_weight", tokens),
+        "policy/signal": _per(totals, "sum/signal", tokens),
+        "policy/signal_size": _per(totals, "sum/signal_size", tokens),
     }
-    return metrics | {name: value for name, value in optional.items() if value is not None}
+    found = {name: value for name, value in optional.items() if value is not None}
+    return metrics | found | distillation_metrics(totals)
+
+
+def distillation_metrics(totals: Mapping[str, float]) -> dict[str, float]:
+    """Means per distilled token, and which share of the loss comes from tokens the two models of the teacher agree on; or {}."""
+    tokens = totals.get("sum/distil_tokens", 0.0)
+    if not tokens:
+        return {}
+    mass = {name: totals[f"sum/distil_mass_{name}"] for name in ("agree", "differ", "disagree")}
+    whole = max(sum(mass.values()), 1e-30)
+    return {
+        "distil/kl": totals["sum/distil_kl"] / tokens,
+        "distil/alpha": totals["sum/distil_alpha"] / tokens,
+        "distil/tvd": totals["sum/distil_tvd"] / tokens,
+        "distil/tokens": tokens / max(totals.get("sum/tokens", 0.0), 1.0),
+        "distil/loss": totals["sum/distil_loss"] / max(totals.get("sum/tokens", 0.0), 1.0),
+    } | {f"distil/mass/{name}": value / whole for name, value in mass.items()}
+
+
+def pair_metrics(ranks: Sequence[Mapping[str, Any]], *, prefix: str = "pair") -> dict[str, float]:
+    """Means per pair of an update's totals."""
+    totals = merged_totals(ranks)
+    pairs = max(totals.get("sum/pair_pairs", 0.0), 1.0)
+    names = ("accuracy", "margin", "chosen_reward", "rejected_reward", "regulariser")
+    means = {f"{prefix}/{name}": totals.get(f"sum/pair_{name}", 0.0) / pairs for name in names}
+    return {f"{prefix}/loss": totals.get("sum/loss", 0.0) / pairs, **means}
+
+
+def _per(totals: Mapping[str, float], name: str, count: float) -> float | None:
+    return totals[name] / count if name in totals else None
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -364,6 +364,7 @@ class Manifest:
     tracker_run_id: str | None
     weights: WeightVersion
     world_size: int
+    rollouts_seen: int = 0
     files: Mapping[str, str] = field(default_factory=dict)
     """Relative path -> SHA-256 of every file of the checkpoint."""
     format: int = 1

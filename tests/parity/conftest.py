@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from rl.learner import Learner, join_process_group
+from rl.learner import Learner
+from rl.process_group import join_process_group
 from rl.settings import LearnerSettings, LossSettings
 from tests.parity.plain import write_tiny
 

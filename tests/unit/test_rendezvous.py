@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 
 from launch.environment_check import listening_addresses
-from rl.learner import _rendezvous_store
+from rl.process_group import _rendezvous_store
 
 
 @pytest.mark.parametrize("named_by_us", [False, True], ids=["verl's variables", "ours"])
