@@ -38,7 +38,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
         }
     )
     tokenizer = tiny_tokenizer()
-    prompts = tuple(make_prompt(index) for index in range(6))
+    prompts = tuple(make_prompt(index) for index in range(8))
     prepared = Prepared(
         tmp_path / "model",
         tokenizer,
@@ -59,7 +59,7 @@ def _answered(run: Run, monkeypatch: pytest.MonkeyPatch, mixed: set[int]) -> lis
 
     Returns what will be trained on.
     """
-    order = [prompt.id for prompt in run.prepared.stream.take(0, 6)[0]]
+    order = [prompt.id for prompt in run.prepared.stream.take(0, 8)[0]]
     trained: list[TrainBatch] = []
 
     def collect(leases: tuple[Lease, ...], stop: StopFlag) -> Collected:
@@ -108,5 +108,5 @@ def test_a_short_step_trains_on_what_there_is_and_warns_once(
         run.one_step()
         run.one_step()
     assert [batch.rollouts for batch in trained] == [2, 2]
-    assert run.progress.cursor == 6
+    assert run.progress.cursor == 7  # three prompts, then four
     assert caplog.text.count("rewards differ in 1 groups of 3 after rollout.refill=1") == 1
