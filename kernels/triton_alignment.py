@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 from kernels.triton_logprob import FLOOR, ZERO, tile_of
 
 Head = tuple[torch.Tensor, torch.Tensor]
-CHUNK_BYTES = 256 * 2**20
-"""Size of one chunk of each model's logits when they come from hidden states."""
+CHUNK_BYTES = 128 * 2**20
+"""Size of one model's logits of a chunk of tokens (forward) or of a block of the vocabulary (backward), from hidden states."""
 
 
 @triton.jit
@@ -102,12 +102,13 @@ def _run_forward(logits: list[torch.Tensor], r: float, eps: float) -> torch.Tens
     return out
 
 
-def _run_backward(logits: list[torch.Tensor], saved: torch.Tensor, grad_T: torch.Tensor) -> torch.Tensor:
+def _run_backward(logits: list[torch.Tensor], saved: torch.Tensor, grad_T: torch.Tensor, out_TV: torch.Tensor) -> torch.Tensor:
+    """The gradient of some columns, written to ``out_TV``, which may be the student's logits themselves."""
     tokens, vocabulary = logits[0].shape
-    out_TV, tile = torch.empty_like(logits[0]), tile_of(vocabulary, most=2048)
+    tile = tile_of(vocabulary, most=2048)
     if tokens:
         grid = (tokens, triton.cdiv(vocabulary, tile))
-        _backward[grid](*logits, saved.contiguous(), grad_T.float().contiguous(), out_TV, tokens, vocabulary, TILE=tile)
+        _backward[grid](*logits, saved, grad_T, out_TV, tokens, vocabulary, TILE=tile)
     return out_TV
 
 
@@ -120,16 +121,9 @@ def from_logits(
 
 
 def from_hidden(student: Head, dpo: Head, reverse: Head, r: float, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `kernels.linear_alignment_kl`: logits by library products, a chunk of tokens at a time."""
-    rows = max(1, CHUNK_BYTES // (student[0].element_size() * student[1].shape[0]))
-    parts = []
-    for start in range(0, max(student[0].shape[0], 1), rows):
-        part = slice(start, start + rows)
-        arguments = (student[0][part], student[1], dpo[0][part], dpo[1], reverse[0][part], reverse[1])
-        result: Any = _FromHidden.apply(*arguments, r, eps)
-        parts.append(result)
-    kl, alpha = zip(*parts, strict=True)
-    return torch.cat(kl), torch.cat(alpha)
+    """See `kernels.linear_alignment_kl`: logits by library products, a part at a time."""
+    result: Any = _FromHidden.apply(*student, *dpo, *reverse, r, eps)
+    return result
 
 
 class _FromLogits(torch.autograd.Function):
@@ -146,16 +140,24 @@ class _FromLogits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_T: torch.Tensor, _alpha: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore
         *logits, saved = ctx.saved_tensors
-        return (_run_backward(logits, saved, grad_T), *[None] * 4)
+        out_TV = torch.empty_like(logits[0])
+        return (_run_backward(logits, saved, grad_T.float().contiguous(), out_TV), *[None] * 4)
 
 
 class _FromHidden(torch.autograd.Function):
-    """One chunk; its logits are made anew in the backward pass."""
+    """Forward: a chunk of tokens with the whole vocabulary, which the teacher's normaliser needs. Backward: all tokens with a
+    block of the vocabulary, for which the saved normalisers are enough, so that the head's gradient is written once."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        heads, constants = arguments[:6], arguments[6:]
-        out = _run_forward([heads[i] @ heads[i + 1].T for i in (0, 2, 4)], *constants)
+        heads, constants = [x.contiguous() for x in arguments[:6]], arguments[6:]
+        tokens, vocabulary = heads[0].shape[0], heads[1].shape[0]
+        rows = max(1, CHUNK_BYTES // (heads[0].element_size() * vocabulary))
+        out = heads[0].new_empty((6, tokens), dtype=torch.float32)
+        scratch = _scratch(heads, min(rows, tokens) * vocabulary)
+        for start in range(0, tokens, rows):
+            part = slice(start, min(start + rows, tokens))
+            out[:, part] = _run_forward(_products(heads, part, slice(0, vocabulary), scratch), *constants)
         ctx.save_for_backward(*heads, out)
         kl_T, alpha_T = out[0].clone(), out[1].clone()
         ctx.mark_non_differentiable(alpha_T)
@@ -165,7 +167,36 @@ class _FromHidden(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_T: torch.Tensor, _alpha: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore
         *heads, saved = ctx.saved_tensors
-        grad_TV = _run_backward([heads[i] @ heads[i + 1].T for i in (0, 2, 4)], saved, grad_T)
+        hidden_TH, weight_VH = heads[:2]
+        tokens, vocabulary = hidden_TH.shape[0], weight_VH.shape[0]
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        grad_TH = grad_TV @ heads[1] if need_hidden else None
-        return (grad_TH, grad_TV.T @ heads[0] if need_weight else None, *[None] * 6)
+        grad_T = grad_T.float().contiguous()
+        grad_TH = torch.zeros_like(hidden_TH, dtype=torch.float32) if need_hidden else None
+        grad_VH = torch.zeros_like(weight_VH) if need_weight else None
+        # Whole multiples of 128: rows that begin off a 16-byte boundary would make the library products slow.
+        width = min(vocabulary, max(128, CHUNK_BYTES // max(1, tokens * hidden_TH.element_size()) // 128 * 128))
+        scratch = _scratch(heads, tokens * width)
+        for start in range(0, vocabulary if tokens else 0, width):
+            block = slice(start, min(start + width, vocabulary))
+            logits = _products(heads, slice(0, tokens), block, scratch)
+            # A program reads its tile before it writes it, and no other program touches it.
+            grad_TV = _run_backward(logits, saved, grad_T, logits[0])
+            if grad_TH is not None:
+                grad_TH += grad_TV @ weight_VH[block]
+            if grad_VH is not None:
+                torch.mm(grad_TV.T, hidden_TH, out=grad_VH[block])
+        return (None if grad_TH is None else grad_TH.to(hidden_TH.dtype), grad_VH, *[None] * 6)
+
+
+def _scratch(heads: list[torch.Tensor], count: int) -> list[torch.Tensor]:
+    """One buffer for the logits of each model, used again for every part."""
+    return [heads[i].new_empty(count) for i in (0, 2, 4)]
+
+
+def _products(heads: list[torch.Tensor], part: slice, block: slice, scratch: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The three models' logits of some tokens and columns."""
+    shape = part.stop - part.start, block.stop - block.start
+    out = [x[: shape[0] * shape[1]].view(shape) for x in scratch]
+    for i, z in enumerate(out):
+        torch.mm(heads[2 * i][part], heads[2 * i + 1][block].T, out=z)
+    return out

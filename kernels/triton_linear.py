@@ -27,16 +27,20 @@ BLOCK_BYTES = 256 * 2**20
 
 @triton.jit
 def _logits(hidden, weight, head_bias, rows, columns, tokens, vocabulary, width, softcap,
-            BIASED: tl.constexpr, CAPPED: tl.constexpr, EXACT: tl.constexpr,
+            BIASED: tl.constexpr, CAPPED: tl.constexpr, EXACT: tl.constexpr, EVEN: tl.constexpr,
             ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
     """A tile of raw logits (ROWS, COLUMNS), -inf past the vocabulary."""
+    # Rows and columns past the end read the last one, which is cheaper than a mask; the caller drops what comes of them.
+    row, column = tl.minimum(rows, tokens - 1), tl.minimum(columns, vocabulary - 1)
     z = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, width, DEPTH):
         depth = start + tl.arange(0, DEPTH)
-        deep = depth < width
-        h = tl.load(hidden + rows[:, None] * width + depth[None, :], mask=(rows < tokens)[:, None] & deep[None, :], other=0.0)
-        known = (columns < vocabulary)[:, None] & deep[None, :]
-        w = tl.load(weight + columns[:, None] * width + depth[None, :], mask=known, other=0.0)
+        left, right = hidden + row[:, None] * width + depth[None, :], weight + column[:, None] * width + depth[None, :]
+        if EVEN:
+            h, w = tl.load(left), tl.load(right)
+        else:
+            deep = (depth < width)[None, :]
+            h, w = tl.load(left, mask=deep, other=0.0), tl.load(right, mask=deep, other=0.0)
         z += tl.dot(h, tl.trans(w), input_precision="ieee" if EXACT else "tf32")
     if BIASED:
         z += tl.load(head_bias + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)[None, :]
@@ -49,8 +53,8 @@ def _logits(hidden, weight, head_bias, rows, columns, tokens, vocabulary, width,
 
 @triton.jit
 def _forward(hidden, weight, head_bias, target, temperature, ids, bias, out, tokens, vocabulary, width, softcap, per_split,
-             BIASED: tl.constexpr, CAPPED: tl.constexpr, EXACT: tl.constexpr, SHAPED: tl.constexpr, RAW: tl.constexpr,
-             IDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+             BIASED: tl.constexpr, CAPPED: tl.constexpr, EXACT: tl.constexpr, EVEN: tl.constexpr, SHAPED: tl.constexpr,
+             RAW: tl.constexpr, IDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
     split = tl.program_id(1)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     alive = rows < tokens
@@ -63,7 +67,7 @@ def _forward(hidden, weight, head_bias, target, temperature, ids, bias, out, tok
     for start in range(split * per_split, min((split + 1) * per_split, vocabulary), COLUMNS):
         columns = start + tl.arange(0, COLUMNS).to(tl.int64)
         z = _logits(hidden, weight, head_bias, rows, columns, tokens, vocabulary, width, softcap,
-                    BIASED, CAPPED, EXACT, ROWS, COLUMNS, DEPTH)
+                    BIASED, CAPPED, EXACT, EVEN, ROWS, COLUMNS, DEPTH)
         y = z
         if IDS > 0:
             y = add_bias(y, columns, ids, shift, IDS)
@@ -90,14 +94,14 @@ def _forward(hidden, weight, head_bias, target, temperature, ids, bias, out, tok
 @triton.jit
 def _backward(hidden, weight, head_bias, target, temperature, ids, bias, saved, grads, out, first, out_width,
               tokens, vocabulary, width, softcap,
-              BIASED: tl.constexpr, CAPPED: tl.constexpr, EXACT: tl.constexpr, SHAPED: tl.constexpr, RAW: tl.constexpr,
-              IDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+              BIASED: tl.constexpr, CAPPED: tl.constexpr, EXACT: tl.constexpr, EVEN: tl.constexpr, SHAPED: tl.constexpr,
+              RAW: tl.constexpr, IDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inner = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
     columns = first + inner
     alive = rows < tokens
     z = _logits(hidden, weight, head_bias, rows, columns, tokens, vocabulary, width, softcap,
-                BIASED, CAPPED, EXACT, ROWS, COLUMNS, DEPTH)
+                BIASED, CAPPED, EXACT, EVEN, ROWS, COLUMNS, DEPTH)
     at = columns[None, :] == tl.load(target + rows, mask=alive, other=-1)[:, None]
     inverse = 1.0 / tl.load(temperature + rows, mask=alive, other=1.0) if SHAPED else tl.full((ROWS,), 1.0, tl.float32)
     y = z
@@ -142,7 +146,9 @@ def _tiles(like: torch.Tensor, tokens: int, vocabulary: int, width: int) -> dict
     """Tile sizes: as large as tensor cores like them, no larger than the problem; the smallest that tl.dot takes is 16."""
     rows, columns, depth = (128, 128, 64) if like.dtype in (torch.bfloat16, torch.float16) else (64, 64, 32)
     fit = {"ROWS": (rows, tokens), "COLUMNS": (columns, vocabulary), "DEPTH": (depth, width)}
-    return {name: min(most, triton.next_power_of_2(max(size, 16))) for name, (most, size) in fit.items()}
+    tiles = {name: min(most, triton.next_power_of_2(max(size, 16))) for name, (most, size) in fit.items()}
+    # A tile of 128 x 128 numbers and its softmax do not fit the registers of four warps.
+    return tiles | {"num_warps": 8 if tiles["ROWS"] * tiles["COLUMNS"] >= 2**14 else 4}
 
 
 class _FromHidden(torch.autograd.Function):
@@ -155,9 +161,10 @@ class _FromHidden(torch.autograd.Function):
         hidden_TH, weight_VH = hidden_TH.contiguous(), weight_VH.contiguous()
         (tokens, width), vocabulary = hidden_TH.shape, weight_VH.shape[0]
         arguments = Arguments(shaping, hidden_TH)
-        options = _tiles(hidden_TH, tokens, vocabulary, width) | {
+        options = _tiles(hidden_TH, tokens, vocabulary, width)
+        options |= {
             "BIASED": head_bias_V is not None, "CAPPED": softcap is not None, "EXACT": hidden_TH.dtype == torch.float32,
-            "SHAPED": arguments.shaped, "RAW": raw, "IDS": arguments.count,
+            "EVEN": width % options["DEPTH"] == 0, "SHAPED": arguments.shaped, "RAW": raw, "IDS": arguments.count,
         }  # fmt: skip
         inputs = (hidden_TH, weight_VH, arguments.temperature_T if head_bias_V is None else head_bias_V, target_T,
                   *arguments.pointers)  # fmt: skip
@@ -187,12 +194,14 @@ class _FromHidden(torch.autograd.Function):
         grad_TH = hidden_TH.new_zeros(hidden_TH.shape, dtype=torch.float32) if need_hidden else None
         grad_VH = torch.zeros_like(weight_VH) if need_weight else None
         grad_V = torch.zeros_like(head_bias_V, dtype=torch.float32) if need_bias and ctx.biased else None
-        block = max(ctx.options["COLUMNS"], ctx.block_bytes // max(1, tokens * hidden_TH.element_size()))
+        # Whole tiles: rows of the block that begin off a 16-byte boundary would make the library products slow.
+        tile = ctx.options["COLUMNS"]
+        block = max(tile, ctx.block_bytes // max(1, tokens * hidden_TH.element_size()) // tile * tile)
         scratch = hidden_TH.new_empty(tokens * min(block, vocabulary))
         for first in range(0, vocabulary if tokens else 0, block):
             size = min(block, vocabulary - first)
             grad_TV = scratch[: tokens * size].view(tokens, size)
-            grid = triton.cdiv(tokens, ctx.options["ROWS"]), triton.cdiv(size, ctx.options["COLUMNS"])
+            grid = triton.cdiv(tokens, ctx.options["ROWS"]), triton.cdiv(size, tile)
             _backward[grid](
                 *inputs, saved, upstream, grad_TV, first, size, tokens, vocabulary, width, ctx.softcap or 1.0, **ctx.options
             )  # fmt: skip
