@@ -86,8 +86,8 @@ def prompt_mass(
 ) -> torch.Tensor:
     """Attention mass that every query position puts on the keys of its row's prompt, mean over heads.
 
-    ``mean_h sum_{j < p} softmax_j(s_hij)`` over the visible keys j, with ``s_hij = scaling q_hi . k_gj``, p the row's prompt length
-    and g the key-value head of head h; ``scaling`` None: ``D^-1/2``. Without a ``mask`` query i sees the keys j <= i if ``causal``,
+    ``mean_h sum_{j < p} softmax_j(s_hij)`` over the visible keys j; ``s_hij = scaling q_hi . k_gj``, p the row's prompt length, g
+    the key-value head of head h; ``scaling`` None: ``D^-1/2``. Without a ``mask`` query i sees the keys j <= i if ``causal``,
     else all; with one it sees what that leaves: bool, True where visible, or floating point, added to s.
     Holds ``CHUNK_ELEMENTS`` scores at once, never all queries' times all keys'.
 
