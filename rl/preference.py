@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 PreferenceForm = Literal["dpo", "simpo"]
 
@@ -97,7 +97,7 @@ def preference_loss(
         score_B = scale_B * _sum_rows(kept_T, row_T, rows)
 
     margin_P = score_B[chosen_P] - score_B[rejected_P]
-    preference = softplus(margin - margin_P).sum()  # -log sigmoid(x) = softplus(-x), which never overflows
+    preference = -logsigmoid(margin_P - margin).sum()  # never overflows, and unlike softplus is not cut off at 20
     regulariser = torch.zeros_like(preference)
     if treg_alpha:
         assert credit_T is not None

@@ -85,7 +85,7 @@ def test_the_loss_does_not_depend_on_the_order_of_tokens_rows_and_pairs(found: C
 
 @given(columns(), st.sampled_from(["dpo", "simpo"]))
 def test_the_loss_and_its_reverse_differ_by_the_margin(found: Columns, form: str) -> None:
-    """softplus(-z) - softplus(z) = -z."""
+    """log sigmoid(z) - log sigmoid(-z) = z."""
     one = preference_loss(**found, form=form, beta=0.5)
     other = preference_loss(**(found | {"side_B": -found["side_B"]}), form=form, beta=0.5)
     torch.testing.assert_close(one.loss - other.loss, -one.margin, atol=1e-9, rtol=1e-9)
