@@ -95,7 +95,7 @@ def test_importing_it_again_changes_nothing() -> None:
     before = dict(ADV_ESTIMATOR_REGISTRY), dict(POLICY_LOSS_REGISTRY)
     importlib.reload(rl.verl_plugin)
     rl.verl_plugin.register()
-    assert (ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY) == before
+    assert before == (ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY)
 
 
 def test_functions_made_anew_by_a_reload_take_the_place_of_the_old(monkeypatch: pytest.MonkeyPatch) -> None:
