@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from rl.guidance import HeadSources
 from rl.learner import Learner
 from rl.process_group import join_process_group
 from rl.settings import LearnerSettings, LossSettings
@@ -45,8 +46,11 @@ def make_learner(tiny_folder: Path, _process_group: None, monkeypatch: pytest.Mo
     """``make_learner(lr=1e-3, loss=LossSettings(...))``: a DeepSpeed learner on the tiny model; keywords are LearnerSettings."""
     monkeypatch.setenv("LOCAL_RANK", "0")  # only here: a Ray cluster started meanwhile would hand it to all workers
 
-    def make(*, loss: LossSettings | None = None, folder: Path = tiny_folder, dtype: str = "float32", **settings: Any) -> Learner:
+    def make(
+        *, loss: LossSettings | None = None, folder: Path = tiny_folder, dtype: str = "float32", heads: HeadSources | None = None,
+        **settings: Any,
+    ) -> Learner:
         chosen = LearnerSettings(**{"lr": 1e-3, "tokens_per_microbatch": 256, **settings})
-        return Learner(folder, chosen, loss or LossSettings(), dtype=dtype)
+        return Learner(folder, chosen, loss or LossSettings(), dtype=dtype, heads=heads)
 
     return make
