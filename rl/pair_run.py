@@ -190,7 +190,8 @@ class PairRun(Run):
         if self.progress.step:
             self.push_weights()
         metrics = super().evaluate()
-        if self.settings.stage == "preference" and self.held_out:
+        # Before the first step DPO's margins are 0 but for rounding.
+        if self.settings.stage == "preference" and self.held_out and self.progress.step:
             found = self.held_out_pairs()
             self.reporter.evaluation(self.progress.step, found)
             metrics |= found
