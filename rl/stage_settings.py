@@ -39,6 +39,7 @@ def check_stage(settings: Settings) -> None:
     if settings.treg is not None and settings.stage != "rl":
         raise ValueError(f"treg reshapes advantages, which stage={settings.stage} has none of; use preference.treg, or stage=rl")
     _check_updates(settings)
+    _check_samples(settings)
 
 
 def makes_its_teachers(settings: Settings) -> bool:
@@ -67,3 +68,15 @@ def _check_updates(settings: Settings) -> None:
         raise ValueError("max_tokens counts response tokens that are sampled, and this stage samples none; set max_steps")
     if supervised and settings.rollout.refill:
         raise ValueError("rollout.refill replaces groups of rollouts, and this stage has none; set it to 0")
+
+
+def _check_samples(settings: Settings) -> None:
+    """Answers to make pairs of are dealt over the budgets as in training."""
+    preference, budgets = settings.preference, settings.rollout.budgets
+    if preference is None or not preference.pairs.from_rollouts or not isinstance(budgets, list):
+        return
+    if preference.pairs.samples % len(budgets):
+        raise ValueError(
+            f"preference.pairs.samples={preference.pairs.samples} cannot be dealt evenly over the {len(budgets)} budgets of "
+            f"rollout.budgets; use {len(budgets) * -(-preference.pairs.samples // len(budgets))}"
+        )
