@@ -136,9 +136,11 @@ class PairRun(Run):
         progress.step += 1
         progress.cursor = cursor
         tokens = sum(pair.tokens for pair in pairs)
+        progress.tokens_seen += tokens
         seconds = time.monotonic() - started
         metrics |= {
             "time/step": seconds,
+            "tokens/total": float(progress.tokens_seen),
             "rate/tokens_per_s": tokens / seconds,
             "pair/epoch": progress.cursor / len(self.pairs),
         }
