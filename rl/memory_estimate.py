@@ -99,7 +99,8 @@ def estimate_memory(settings: Settings, model_params: int, vocab: int, hidden: i
     # By NCCL they go from GPU to GPU, but a checkpoint gathers and bundles them too.
     copies = 3 if settings.rollout.transport == "object_store" else 2
     driver = ActorMemory("driver", 1, host=PROCESS_BYTES, weight_copies=copies * _value_bytes(settings) * model_params)
-    return MemoryEstimate((_engine_memory(settings, shape), _learner_memory(settings, shape), grader, driver))
+    frozen = _frozen_memory(settings, shape)
+    return MemoryEstimate((_engine_memory(settings, shape), _learner_memory(settings, shape), grader, *frozen, driver))
 
 
 def _value_bytes(settings: Settings) -> int:
@@ -137,6 +138,8 @@ def _learner_memory(settings: Settings, shape: ModelShape) -> ActorMemory:
     saved = per_layer * (shape.layers + ACTIVATION_FACTOR if learner.gradient_checkpointing else shape.layers * ACTIVATION_FACTOR)
     logits = 2 * 4 * min(tokens, LOGIT_CHUNK_TOKENS) * shape.vocab
     reference = size * n if settings.loss.kl_coef > 0 else 0
+    if settings.distil is not None and settings.distil.teacher.mode == "hidden":
+        reference += 2 * size * shape.vocab * shape.hidden  # the heads of the teacher's two models
     offloaded = optimiser if learner.offload_optimizer and learner.gpus_per_rank else 0
     return ActorMemory(
         actor="learner rank",
@@ -148,6 +151,32 @@ def _learner_memory(settings: Settings, shape: ModelShape) -> ActorMemory:
         optimiser=optimiser - offloaded,
         activations=saved + logits,
     )
+
+
+def _frozen_memory(settings: Settings, shape: ModelShape) -> tuple[ActorMemory, ...]:
+    """Workers of frozen models: a teacher holds two (its models are taken to be of the run's size), a scorer the start policy."""
+    size, found = _value_bytes(settings), []
+    kinds = []
+    if settings.distil is not None:
+        teacher = settings.distil.teacher
+        kinds.append(("teacher", teacher, 1 if teacher.base is not None else 2))
+    if settings.needs_scorer:
+        kinds.append(("frozen start policy", settings.scorer, 1))
+    for actor, chosen, models in kinds:
+        # without a backward pass one layer's values and a chunk of logits are alive at once
+        activations = chosen.tokens_per_pass * shape.hidden * size * ACTIVATION_FACTOR
+        activations += 4 * 4 * min(chosen.tokens_per_pass, LOGIT_CHUNK_TOKENS) * shape.vocab
+        found.append(
+            ActorMemory(
+                actor=actor,
+                count=chosen.workers,
+                host=PROCESS_BYTES,
+                gpus=chosen.gpus_per_worker,
+                weights=models * size * shape.parameters,
+                activations=activations,
+            )
+        )
+    return tuple(found)
 
 
 def check_memory(estimate: MemoryEstimate, available_bytes: int, *, gpu_bytes: int | None = None) -> None:

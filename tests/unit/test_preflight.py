@@ -280,3 +280,17 @@ def test_the_embedded_models_sizes_are_known_before_its_warm_start(tmp_path: Pat
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="config.json"):
         read_model_shape(tmp_path)
+
+
+def test_a_teacher_holds_two_models_an_adapted_base_once_and_the_learner_two_heads_in_mode_hidden() -> None:
+    def estimate(**distil: Any) -> dict[str, Any]:
+        tree = {"model": {"path": "m"}, "data": {"source": "p.jsonl"}, "max_steps": 1, "distil": distil}
+        found = estimate_memory(Settings.model_validate(tree), 1000, vocab=10, hidden=4, layers=2)
+        return {actor.actor: actor for actor in found.actors}
+
+    two = estimate(teacher={"dpo": "a", "reverse": "b"})
+    adapters = estimate(teacher={"dpo": "a", "reverse": "b", "base": "c", "mode": "topk", "top_k": 2, "student_k": 2})
+    assert (two["teacher"].weights, adapters["teacher"].weights) == (2 * 4 * 1000, 4 * 1000)
+    assert two["learner rank"].weights - adapters["learner rank"].weights == 2 * 4 * 10 * 4
+    assert "frozen start policy" not in two
+    assert "frozen start policy" in estimate(teacher={"dpo": "a", "reverse": "b"}, sstoken={})
