@@ -79,18 +79,17 @@ def preference_loss(
     if treg_alpha and credit_T is None:
         raise ValueError(f"treg_alpha={treg_alpha} weighs credit_T, and there is none")
     chosen_P, rejected_P = _rows_of_pairs(pair_B, side_B)
-    used_T = mask_T & (pair_B >= 0)[row_T]
     rows = pair_B.numel()
 
     # selecting before adding up keeps garbage in unmasked positions out of the gradient; 0 * NaN after it would not
-    kept_T = torch.where(used_T, logp_T, 0.0)
+    kept_T = torch.where(mask_T, logp_T, 0.0)
     scale_B = torch.full((rows,), beta, dtype=logp_T.dtype, device=logp_T.device)
     if form == "dpo":
         assert reference_T is not None
-        ratio_T = kept_T - torch.where(used_T, reference_T.detach(), 0.0)
+        ratio_T = kept_T - torch.where(mask_T, reference_T.detach(), 0.0)
         score_B = scale_B * _sum_rows(ratio_T, row_T, rows)
     else:
-        length_B = _sum_rows(used_T.to(logp_T.dtype), row_T, rows)
+        length_B = _sum_rows(mask_T.to(logp_T.dtype), row_T, rows)
         if bool((length_B[torch.cat([chosen_P, rejected_P])] == 0).any()):
             raise ValueError("simpo divides by the length of an answer, and one of them has no token that carries loss")
         scale_B = scale_B / length_B.clamp(min=1)
@@ -101,7 +100,7 @@ def preference_loss(
     regulariser = torch.zeros_like(preference)
     if treg_alpha:
         assert credit_T is not None
-        weighted_T = torch.where(used_T, credit_T.detach(), 0.0) * kept_T
+        weighted_T = torch.where(mask_T, credit_T.detach(), 0.0) * kept_T
         push_B = -scale_B * _sum_rows(weighted_T, row_T, rows)
         weight_P = torch.sigmoid(margin - margin_P).detach()
         regulariser = treg_alpha * (weight_P * (push_B[chosen_P] + push_B[rejected_P])).sum()

@@ -176,6 +176,10 @@ ANSWERS = {"chosen": "5", "rejected": "6"}
             {"prompt": "2 =", "chosen": [assistant("5"), user("so"), assistant("5")], "rejected": [assistant("6")]},
             "row 0: .*here is assistant, user, assistant",
         ),
+        (
+            {"chosen": [user("2 ="), assistant("5")], "rejected": [user("2 ="), assistant("5"), user("so"), assistant("5")]},
+            "row 0: .*here is assistant, user, assistant",
+        ),
         ({"chosen": [assistant("5")], "rejected": [assistant("6")]}, "row 0: there is no message for the assistant"),
         ({"prompt": [user("2 ="), assistant("no")]} | ANSWERS, "row 0: there is no message for the assistant"),
         ({"prompt": [{"role": "user", "content": None}]} | ANSWERS, "row 0: column 'prompt' has a message .*'content': None"),

@@ -56,7 +56,7 @@ def test_short_and_right_beats_long_and_right_beats_wrong() -> None:
 def test_a_right_answer_over_its_budget_loses_to_one_within_and_beats_a_wrong_one_within() -> None:
     over, within = (RIGHT, 30, at_most(20)), (RIGHT, 29, at_most(40))
     assert made(over, within) == [(1, 0)]
-    assert made(over, within, prefer_short=False) == [(1, 0)]
+    assert made(over, within, prefer_short=False) == made(over, within, per_prompt=9) == [(1, 0)]
     assert made(over, (WRONG, 5, at_most(20))) == [(0, 1)]
 
 

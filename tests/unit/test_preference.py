@@ -104,6 +104,12 @@ def test_the_regularised_gradient_agrees_with_finite_differences_at_a_fixed_weig
     assert torch.autograd.gradcheck(total, (POLICY.clone().requires_grad_(),))
 
 
+def test_the_gradient_reaches_the_policy_alone() -> None:
+    reference, credit = REFERENCE.clone().requires_grad_(), CREDIT.clone().requires_grad_()
+    loss(POLICY.clone().requires_grad_(), reference_T=reference, credit_T=credit, treg_alpha=0.25).loss.backward()
+    assert reference.grad is None and credit.grad is None
+
+
 def test_turning_the_sides_round_is_reverse_dpo() -> None:
     result = loss(side_B=-SIDE)
     assert result.loss.item() == pytest.approx(math.log1p(math.exp(0.07)))
