@@ -7,7 +7,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from rl.budget_settings import BudgetSchedule, budget_bounds
 from rl.errors import ConfigError
 from rl.preflight import derived_plan
 from rl.settings import Settings
+from rl.stage_settings import makes_its_teachers
 
 ALL = "all"
 BASE = "base"
@@ -93,16 +94,32 @@ def plan_zoo(
     sources = find_recipes(names)
     folder = (output or Path("~/budget-rl") / f"zoo-{find_config(config).stem}").expanduser()
     empty = ZooPlan(base, Path(os.path.abspath(folder)), token_allowance(base, max_tokens), (), ())
-    recipes = tuple(Recipe(name, _settings(name, source, empty, overrides)) for name, source in sources.items())
+    recipes = tuple(_recipes(sources, empty, overrides, skip=ALL in [text.strip() for text in names.split(",")]))
     notes = [note for recipe in recipes for note in _notes(recipe, base)]
     return ZooPlan(base, empty.output, empty.allowance, recipes, tuple(notes))
+
+
+class NotCompared(ConfigError):
+    """A recipe that learns from something else than rewarded rollouts: equal tokens of these would compare nothing."""
+
+
+def _recipes(
+    sources: Mapping[str, Path | None], plan: ZooPlan, overrides: Sequence[str], *, skip: bool
+) -> Iterator[Recipe]:
+    """The recipes with their settings; ``skip``: those that cannot be compared are left out instead of refused."""
+    for name, source in sources.items():
+        try:
+            yield Recipe(name, _settings(name, source, plan, overrides))
+        except NotCompared:
+            if not skip:
+                raise
 
 
 def find_recipes(names: str) -> dict[str, Path | None]:
     """Name -> file, in the order asked for: packaged recipes by name, others by their path ending in .yaml.
 
-    ``all`` is every packaged one; ``base``, without a file, the configuration itself. Raises ConfigError for a name that is
-    unknown or comes twice.
+    ``all`` is every packaged one (those that a zoo cannot compare are left out later); ``base``, without a file, the
+    configuration itself. Raises ConfigError for a name that is unknown or comes twice.
     """
     packaged = {file.stem: file for file in sorted((PACKAGED / "recipes").glob("*.yaml"))}
     found: dict[str, Path | None] = {}
@@ -160,8 +177,15 @@ def _settings(name: str, source: Path | None, plan: ZooPlan, overrides: Sequence
     shown = str(source or name)
     try:
         composed = _composed(name, source, plan, overrides, shown=shown)
+        if composed.stage != "rl" or makes_its_teachers(composed):
+            raise NotCompared(
+                f"recipe {name} learns from pairs or from a teacher, and a zoo compares what rewards do with equal tokens",
+                fix="leave it out, and train it by itself: budget-rl train",
+            )
         _check_comparable(composed, plan.base, warm=plan.base.warm_start is not None)
         return settings_from_mapping(_comparable(name, composed, plan), origin=shown)
+    except NotCompared:
+        raise
     except ConfigError as error:
         raise ConfigError(f"recipe {name}: {error.cause}", fix=error.fix) from None
 

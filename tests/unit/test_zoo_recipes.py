@@ -15,7 +15,9 @@ from rl.errors import ConfigError
 from rl.settings import Settings
 
 QUICKSTART = PACKAGED / "quickstart.yaml"
-PACKAGED_RECIPES = sorted(file.stem for file in (PACKAGED / "recipes").glob("*.yaml"))
+UNCOMPARED = {"dpo", "reverse_dpo", "treg", "aligndistil", "hbpo_aligndistil"}
+"""Recipes that learn from pairs or make a teacher."""
+PACKAGED_RECIPES = sorted({file.stem for file in (PACKAGED / "recipes").glob("*.yaml")} - UNCOMPARED)
 
 
 def planned(names: str, *overrides: str, config: Path = QUICKSTART, max_tokens: int | None = None, output: Path) -> ZooPlan:
@@ -55,6 +57,12 @@ def test_every_packaged_recipe_can_be_laid_over_the_quickstart_alike(tmp_path: P
         assert recipe.settings.reward == alone.reward
         assert recipe.settings.advantage == alone.advantage
         assert recipe.settings.max_tokens == plan.allowance
+
+
+@pytest.mark.parametrize("recipe", sorted(UNCOMPARED))
+def test_a_recipe_that_learns_from_pairs_or_makes_a_teacher_is_refused_when_it_is_named(recipe: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"recipe {recipe} learns from pairs or from a teacher"):
+        planned(f"grpo,{recipe}", output=tmp_path)
 
 
 def test_a_recipe_brings_its_own_keys_and_the_configuration_all_others(own_config: Path, tmp_path: Path) -> None:
