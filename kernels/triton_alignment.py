@@ -98,17 +98,17 @@ def _run_forward(logits: list[torch.Tensor], r: float, eps: float) -> torch.Tens
     tokens, vocabulary = logits[0].shape
     out = logits[0].new_empty((6, tokens), dtype=torch.float32)
     if tokens:
-        _forward[(tokens,)](*logits, out, tokens, vocabulary, r, eps, TILE=tile_of(vocabulary, most=2048))
+        _forward[(tokens,)](*logits, out, tokens, vocabulary, r, eps, TILE=tile_of(vocabulary), num_warps=8)
     return out
 
 
 def _run_backward(logits: list[torch.Tensor], saved: torch.Tensor, grad_T: torch.Tensor, out_TV: torch.Tensor) -> torch.Tensor:
     """The gradient of some columns, written to ``out_TV``, which may be the student's logits themselves."""
     tokens, vocabulary = logits[0].shape
-    tile = tile_of(vocabulary, most=2048)
+    tile = tile_of(vocabulary)
     if tokens:
         grid = (tokens, triton.cdiv(vocabulary, tile))
-        _backward[grid](*logits, saved, grad_T, out_TV, tokens, vocabulary, TILE=tile)
+        _backward[grid](*logits, saved, grad_T, out_TV, tokens, vocabulary, TILE=tile, num_warps=8)
     return out_TV
 
 

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from kernels.shaping import LogitShaping
-from kernels.triton_logprob import FLOOR, Arguments, Values, absorb, add_bias, slope, stack_gradients
+from kernels.triton_logprob import FLOOR, LN_2, LOG2_E, Arguments, Values, absorb, add_bias, slope, stack_gradients
 
 BLOCK_BYTES = 256 * 2**20
 """Size of the block of logit gradients that the backward pass holds."""
@@ -59,7 +59,8 @@ def _forward(hidden, weight, head_bias, target, temperature, ids, bias, out, tok
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     alive = rows < tokens
     wanted = tl.load(target + rows, mask=alive, other=-1)
-    inverse = 1.0 / tl.load(temperature + rows, mask=alive, other=1.0) if SHAPED else tl.full((ROWS,), 1.0, tl.float32)
+    plain = tl.full((ROWS,), LOG2_E, tl.float32)
+    scale = plain * (1.0 / tl.load(temperature + rows, mask=alive, other=1.0)) if SHAPED else plain
     shift = tl.load(bias + rows, mask=alive, other=0.0) if IDS > 0 else tl.zeros((ROWS,), tl.float32)
     top, total, weighted = tl.full((ROWS,), FLOOR, tl.float32), tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
     raw_top, raw_total = tl.full((ROWS,), FLOOR, tl.float32), tl.zeros((ROWS,), tl.float32)
@@ -68,27 +69,24 @@ def _forward(hidden, weight, head_bias, target, temperature, ids, bias, out, tok
         columns = start + tl.arange(0, COLUMNS).to(tl.int64)
         z = _logits(hidden, weight, head_bias, rows, columns, tokens, vocabulary, width, softcap,
                     BIASED, CAPPED, EXACT, EVEN, ROWS, COLUMNS, DEPTH)
-        y = z
-        if IDS > 0:
-            y = add_bias(y, columns, ids, shift, IDS)
-        if SHAPED:
-            y = y * inverse[:, None]
         at = columns[None, :] == wanted[:, None]
-        hit += tl.sum(tl.where(at, y, 0.0), axis=1)
-        top, total, weighted = absorb(y, top, total, weighted)
         if RAW:
             raw_hit += tl.sum(tl.where(at, z, 0.0), axis=1)
-            raw_top, raw_total, raw_weighted = absorb(z, raw_top, raw_total, raw_weighted)
+            raw_top, raw_total, raw_weighted = absorb(z, plain, raw_top, raw_total, raw_weighted)
+        if IDS > 0:
+            z = add_bias(z, columns, start, ids, shift, IDS, COLUMNS)
+        hit += tl.sum(tl.where(at, z, 0.0), axis=1)
+        top, total, weighted = absorb(z, scale, top, total, weighted)
     place = out + split * (8 if RAW else 4) * tokens + rows
     tl.store(place, top, mask=alive)
     tl.store(place + tokens, total, mask=alive)
     tl.store(place + 2 * tokens, weighted, mask=alive)
-    tl.store(place + 3 * tokens, hit, mask=alive)
+    tl.store(place + 3 * tokens, tl.fma(hit, scale, -top), mask=alive)
     if RAW:
         tl.store(place + 4 * tokens, raw_top, mask=alive)
         tl.store(place + 5 * tokens, raw_total, mask=alive)
         tl.store(place + 6 * tokens, raw_weighted, mask=alive)
-        tl.store(place + 7 * tokens, raw_hit, mask=alive)
+        tl.store(place + 7 * tokens, tl.fma(raw_hit, plain, -raw_top), mask=alive)
 
 
 @triton.jit
@@ -97,24 +95,24 @@ def _backward(hidden, weight, head_bias, target, temperature, ids, bias, saved, 
               BIASED: tl.constexpr, CAPPED: tl.constexpr, EXACT: tl.constexpr, EVEN: tl.constexpr, SHAPED: tl.constexpr,
               RAW: tl.constexpr, IDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inner = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
+    start = tl.program_id(1) * COLUMNS
+    inner = start + tl.arange(0, COLUMNS).to(tl.int64)
     columns = first + inner
     alive = rows < tokens
     z = _logits(hidden, weight, head_bias, rows, columns, tokens, vocabulary, width, softcap,
                 BIASED, CAPPED, EXACT, EVEN, ROWS, COLUMNS, DEPTH)
     at = columns[None, :] == tl.load(target + rows, mask=alive, other=-1)[:, None]
+    plain = tl.full((ROWS,), LOG2_E, tl.float32)
     inverse = 1.0 / tl.load(temperature + rows, mask=alive, other=1.0) if SHAPED else tl.full((ROWS,), 1.0, tl.float32)
     y = z
     if IDS > 0:
-        y = add_bias(y, columns, ids, tl.load(bias + rows, mask=alive, other=0.0), IDS)
-    if SHAPED:
-        y = y * inverse[:, None]
-    grad = slope(y, at, tl.load(saved + tokens + rows, mask=alive, other=0.0),
+        y = add_bias(y, columns, first + start, ids, tl.load(bias + rows, mask=alive, other=0.0), IDS, COLUMNS)
+    grad = slope(y, plain * inverse, at, tl.load(saved + tokens + rows, mask=alive, other=0.0),
                  tl.load(saved + 2 * tokens + rows, mask=alive, other=0.0), tl.load(saved + rows, mask=alive, other=0.0),
                  tl.load(grads + rows, mask=alive, other=0.0), tl.load(grads + tokens + rows, mask=alive, other=0.0))
     grad = grad * inverse[:, None]
     if RAW:
-        grad += slope(z, at, tl.load(saved + 4 * tokens + rows, mask=alive, other=0.0),
+        grad += slope(z, plain, at, tl.load(saved + 4 * tokens + rows, mask=alive, other=0.0),
                       tl.load(saved + 5 * tokens + rows, mask=alive, other=0.0),
                       tl.load(saved + 3 * tokens + rows, mask=alive, other=0.0),
                       tl.load(grads + 2 * tokens + rows, mask=alive, other=0.0),
@@ -144,10 +142,10 @@ def from_hidden(
 
 def _tiles(like: torch.Tensor, tokens: int, vocabulary: int, width: int) -> dict[str, int]:
     """Tile sizes: as large as tensor cores like them, no larger than the problem; the smallest that tl.dot takes is 16."""
-    rows, columns, depth = (128, 128, 64) if like.dtype in (torch.bfloat16, torch.float16) else (64, 64, 32)
+    rows, columns, depth = (128, 256, 64) if like.dtype in (torch.bfloat16, torch.float16) else (64, 64, 32)
     fit = {"ROWS": (rows, tokens), "COLUMNS": (columns, vocabulary), "DEPTH": (depth, width)}
     tiles = {name: min(most, triton.next_power_of_2(max(size, 16))) for name, (most, size) in fit.items()}
-    # A tile of 128 x 128 numbers and its softmax do not fit the registers of four warps.
+    # A tile of 128 x 128 numbers or more and its softmax do not fit the registers of four warps.
     return tiles | {"num_warps": 8 if tiles["ROWS"] * tiles["COLUMNS"] >= 2**14 else 4}
 
 
@@ -176,7 +174,7 @@ class _FromHidden(torch.autograd.Function):
         out = hidden_TH.new_empty((splits, 8 if raw else 4, tokens), dtype=torch.float32)
         if tokens:
             _forward[(blocks, splits)](*inputs, out, tokens, vocabulary, width, softcap or 1.0, per_split, **options)
-        found = [_merge(out[:, 4 * k : 4 * k + 4]) for k in range(2 if raw else 1)]
+        found = [_merge(out[:, 4 * k : 4 * k + 4], target_T // per_split) for k in range(2 if raw else 1)]
         ctx.save_for_backward(*inputs, torch.stack([x for _, *kept in found for x in kept]))
         ctx.options, ctx.softcap, ctx.block_bytes, ctx.biased = options, softcap, block_bytes, head_bias_V is not None
         return tuple(x for logp, entropy, *_ in found for x in (logp, entropy))
@@ -217,13 +215,14 @@ class _FromHidden(torch.autograd.Function):
         )  # fmt: skip
 
 
-def _merge(part_S4T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-prob, entropy, maximum and ln of the sum, from the sums of all splits."""
+def _merge(part_S4T: torch.Tensor, owner_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-prob, entropy, maximum and log2 of the sum, from the sums of all splits; ``owner_T`` is the split of the target."""
     top_ST, total_ST, weighted_ST, hit_ST = part_S4T.unbind(dim=1)
     top_T = top_ST.amax(dim=0)
     drop_ST = top_ST - top_T
-    scale_ST = drop_ST.exp()
+    scale_ST = drop_ST.exp2()
     total_T = (total_ST * scale_ST).sum(dim=0)
     weighted_T = ((weighted_ST + drop_ST * total_ST) * scale_ST).sum(dim=0)
-    log_sum_T = total_T.log()
-    return (hit_ST.sum(dim=0) - top_T) - log_sum_T, log_sum_T - weighted_T / total_T, top_T, log_sum_T
+    log_sum_T = total_T.log2()
+    hit_T = (hit_ST + drop_ST).gather(0, owner_T[None]).squeeze(0)
+    return (hit_T - log_sum_T) * LN_2.value, (log_sum_T - weighted_T / total_T) * LN_2.value, top_T, log_sum_T

@@ -1,9 +1,9 @@
 """Triton kernels over given logits: log-probability and entropy in one pass, their gradient in one more.
 
 A row's program walks over the vocabulary once and keeps, for the raw and the shaped distribution, the running maximum m,
-``s = sum e^(y - m)`` and ``u = sum (y - m) e^(y - m)``; then ``ln Z = m + ln s`` (kept as two numbers, one would round large
-logits) and ``H = ln s - u / s``. Bytes: one read of the
-logits forward, one read and one write backward.
+``s = sum 2^(y - m)`` and ``u = sum (y - m) 2^(y - m)`` of the logits in units of ln 2, ``y = z log2(e) / tau``: a power of two is
+one instruction. Then ``log2 Z = m + log2 s`` (kept as two numbers, one would round large logits), ``H = (log2 s - u / s) ln 2``.
+Bytes: one read of the logits forward, one read and one write backward.
 """
 
 # Triton's decorator turns the functions below into launchers that pyright cannot follow.
@@ -11,6 +11,7 @@ logits forward, one read and one write backward.
 # pyright: reportIndexIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -25,92 +26,98 @@ Values = tuple[torch.Tensor, ...]
 FLOOR: tl.constexpr = tl.constexpr(-3.0e38)
 """Stands for minus infinity in running maxima, where infinity minus infinity would give NaN."""
 ZERO: tl.constexpr = tl.constexpr(LOG_ZERO)
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def absorb(y, top, total, weighted):
-    """Take a tile of logits (R, C) into the running sums (R) of one distribution."""
-    new_top = tl.maximum(top, tl.max(y, axis=1))
-    shifted = tl.maximum(y - new_top[:, None], ZERO)
-    e = tl.exp(shifted)
+def absorb(z, scale, top, total, weighted):
+    """Take a tile of logits (R, C) into the running sums (R) of one distribution; ``scale`` (R) turns z into y."""
+    new_top = tl.maximum(top, tl.max(z, axis=1) * scale)
+    # The maximum is rounded, the distances to it are not: with fma they are the same numbers wherever they are computed.
+    shifted = tl.maximum(tl.fma(z, scale[:, None], -new_top[:, None]), ZERO)
+    e = tl.exp2(shifted)
     drop = top - new_top
-    scale = tl.exp(drop)
-    weighted = (weighted + drop * total) * scale + tl.sum(e * shifted, axis=1)
-    return new_top, total * scale + tl.sum(e, axis=1), weighted
+    shrink = tl.exp2(drop)
+    weighted = (weighted + drop * total) * shrink + tl.sum(e * shifted, axis=1)
+    return new_top, total * shrink + tl.sum(e, axis=1), weighted
 
 
 @triton.jit
-def add_bias(z, columns, ids, bias, COUNT: tl.constexpr):
-    """Add bias (R) to the columns of the tile that are among ``ids``: a comparison for each, no memory traffic."""
+def add_bias(z, columns, first, ids, bias, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """Add bias (R) to the columns of the tile, ``first`` to ``first + WIDTH``, that are among ``ids``; most tiles have none."""
     for k in tl.static_range(COUNT):
-        z += tl.where(columns[None, :] == tl.load(ids + k), bias[:, None], 0.0)
+        one = tl.load(ids + k)
+        if (one >= first) & (one < first + WIDTH):
+            z += tl.where(columns[None, :] == one, bias[:, None], 0.0)
     return z
+
+
+@triton.jit
+def _finish(out, tokens, here, hit, scale, top, total, weighted):
+    """Write log-prob, entropy, m and log2 s of a row."""
+    log_sum = tl.log2(total)
+    tl.store(out + here, (tl.fma(hit, scale, -top) - log_sum) * LN_2)
+    tl.store(out + tokens + here, (log_sum - weighted / total) * LN_2)
+    tl.store(out + 2 * tokens + here, top)
+    tl.store(out + 3 * tokens + here, log_sum)
 
 
 @triton.jit
 def _forward(logits, stride, target, temperature, ids, bias, out, tokens, vocabulary,
              SHAPED: tl.constexpr, RAW: tl.constexpr, IDS: tl.constexpr, TILE: tl.constexpr):
-    row = tl.program_id(0)
-    here = row + tl.zeros((1,), tl.int64)
+    here = tl.program_id(0) + tl.zeros((1,), tl.int64)
     wanted = tl.load(target + here)
-    inverse = 1.0 / tl.load(temperature + here) if SHAPED else tl.full((1,), 1.0, tl.float32)
+    plain = tl.full((1,), LOG2_E, tl.float32)
+    scale = plain * (1.0 / tl.load(temperature + here)) if SHAPED else plain
     shift = tl.load(bias + here) if IDS > 0 else tl.zeros((1,), tl.float32)
     top, total, weighted = tl.full((1,), FLOOR, tl.float32), tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
     raw_top, raw_total, raw_weighted = tl.full((1,), FLOOR, tl.float32), tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
-    hit, raw_hit = tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
     for start in range(0, vocabulary, TILE):
         columns = start + tl.arange(0, TILE)
         inside = columns < vocabulary
         z = tl.load(logits + here[:, None] * stride + columns[None, :], mask=inside[None, :], other=-float("inf")).to(tl.float32)
-        y = z
-        if IDS > 0:
-            y = add_bias(y, columns, ids, shift, IDS)
-        if SHAPED:
-            y = y * inverse[:, None]
-        at = columns[None, :] == wanted[:, None]
-        hit += tl.sum(tl.where(at, y, 0.0), axis=1)
-        top, total, weighted = absorb(y, top, total, weighted)
         if RAW:
-            raw_hit += tl.sum(tl.where(at, z, 0.0), axis=1)
-            raw_top, raw_total, raw_weighted = absorb(z, raw_top, raw_total, raw_weighted)
-    tl.store(out + here, (hit - top) - tl.log(total))
-    tl.store(out + tokens + here, tl.log(total) - weighted / total)
-    tl.store(out + 2 * tokens + here, top)
-    tl.store(out + 3 * tokens + here, tl.log(total))
+            raw_top, raw_total, raw_weighted = absorb(z, plain, raw_top, raw_total, raw_weighted)
+        if IDS > 0:
+            z = add_bias(z, columns, start, ids, shift, IDS, TILE)
+        top, total, weighted = absorb(z, scale, top, total, weighted)
+    raw_hit = tl.load(logits + here * stride + wanted).to(tl.float32)
+    hit = raw_hit
+    for k in tl.static_range(IDS):
+        hit += tl.where(wanted == tl.load(ids + k), shift, 0.0)
+    _finish(out, tokens, here, hit, scale, top, total, weighted)
     if RAW:
-        tl.store(out + 4 * tokens + here, (raw_hit - raw_top) - tl.log(raw_total))
-        tl.store(out + 5 * tokens + here, tl.log(raw_total) - raw_weighted / raw_total)
-        tl.store(out + 6 * tokens + here, raw_top)
-        tl.store(out + 7 * tokens + here, tl.log(raw_total))
+        _finish(out + 4 * tokens, tokens, here, raw_hit, plain, raw_top, raw_total, raw_weighted)
 
 
 @triton.jit
-def slope(y, at, top, log_sum, entropy, grad_logp, grad_entropy):
-    """Gradient of a tile of logits: ``g 1[target] - p (g + e (ln p + H))``."""
-    logp = tl.maximum((y - top[:, None]) - log_sum[:, None], ZERO)
-    p = tl.exp(logp)
-    return tl.where(at, grad_logp[:, None], 0.0) - p * (grad_logp[:, None] + grad_entropy[:, None] * (logp + entropy[:, None]))
+def slope(z, scale, at, top, log_sum, entropy, grad_logp, grad_entropy):
+    """Gradient of a tile of logits, over tau: ``g 1[target] - p (g + e (ln p + H))``."""
+    logp = tl.maximum(tl.fma(z, scale[:, None], -top[:, None]) - log_sum[:, None], ZERO)
+    p = tl.exp2(logp)
+    spread = grad_entropy[:, None] * (logp * LN_2 + entropy[:, None])
+    return tl.where(at, grad_logp[:, None], 0.0) - p * (grad_logp[:, None] + spread)
 
 
 @triton.jit
 def _backward(logits, stride, target, temperature, ids, bias, saved, grads, out, out_stride, tokens, vocabulary,
               SHAPED: tl.constexpr, RAW: tl.constexpr, IDS: tl.constexpr, TILE: tl.constexpr):
-    row, column_block = tl.program_id(0), tl.program_id(1)
-    here = row + tl.zeros((1,), tl.int64)
-    columns = column_block * TILE + tl.arange(0, TILE)
+    here = tl.program_id(0) + tl.zeros((1,), tl.int64)
+    start = tl.program_id(1) * TILE
+    columns = start + tl.arange(0, TILE)
     inside = columns < vocabulary
     z = tl.load(logits + here[:, None] * stride + columns[None, :], mask=inside[None, :], other=-float("inf")).to(tl.float32)
     at = columns[None, :] == tl.load(target + here)[:, None]
+    plain = tl.full((1,), LOG2_E, tl.float32)
+    inverse = 1.0 / tl.load(temperature + here) if SHAPED else tl.full((1,), 1.0, tl.float32)
     y = z
     if IDS > 0:
-        y = add_bias(y, columns, ids, tl.load(bias + here), IDS)
-    inverse = 1.0 / tl.load(temperature + here) if SHAPED else tl.full((1,), 1.0, tl.float32)
-    if SHAPED:
-        y = y * inverse[:, None]
-    grad = slope(y, at, tl.load(saved + 2 * tokens + here), tl.load(saved + 3 * tokens + here), tl.load(saved + tokens + here),
-                 tl.load(grads + here), tl.load(grads + tokens + here)) * inverse[:, None]
+        y = add_bias(y, columns, start, ids, tl.load(bias + here), IDS, TILE)
+    grad = slope(y, plain * inverse, at, tl.load(saved + 2 * tokens + here), tl.load(saved + 3 * tokens + here),
+                 tl.load(saved + tokens + here), tl.load(grads + here), tl.load(grads + tokens + here)) * inverse[:, None]
     if RAW:
-        grad += slope(z, at, tl.load(saved + 6 * tokens + here), tl.load(saved + 7 * tokens + here),
+        grad += slope(z, plain, at, tl.load(saved + 6 * tokens + here), tl.load(saved + 7 * tokens + here),
                       tl.load(saved + 5 * tokens + here),
                       tl.load(grads + 2 * tokens + here), tl.load(grads + 3 * tokens + here))
     place = out + here[:, None] * out_stride + columns[None, :]
@@ -125,16 +132,24 @@ def from_logits(
     return values * 2 if return_raw and len(values) == 2 else tuple(values)
 
 
+@functools.cache
+@torch.inference_mode(False)  # a tensor made in that mode could not be saved for a backward pass later
+def _unused(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What stands for the pointers of a shaping that are switched off, made once."""
+    return torch.zeros(1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+
+
 class Arguments:
     """A shaping as kernel arguments: every pointer is valid, and what is not used is switched off."""
 
     def __init__(self, shaping: LogitShaping, like: torch.Tensor) -> None:
-        self.shaped = shaping.temperature_T is not None
-        self.count = 0 if shaping.bias_ids is None or shaping.bias_T is None else shaping.bias_ids.numel()
-        none = like.new_zeros(1, dtype=torch.float32)
-        self.temperature_T = none if shaping.temperature_T is None else shaping.temperature_T.float().contiguous()
-        self.ids = none.long() if shaping.bias_ids is None else shaping.bias_ids.contiguous()
-        self.bias_T = none if shaping.bias_T is None else shaping.bias_T.float().contiguous()
+        number, integer = _unused(like.device)
+        temperature_T, ids, bias_T = shaping.temperature_T, shaping.bias_ids, shaping.bias_T
+        self.shaped = temperature_T is not None
+        self.count = 0 if ids is None or bias_T is None else ids.numel()
+        self.temperature_T = number if temperature_T is None else temperature_T.float().contiguous()
+        self.ids = integer if ids is None else ids.contiguous()
+        self.bias_T = number if bias_T is None else bias_T.float().contiguous()
 
     @property
     def pointers(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

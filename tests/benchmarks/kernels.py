@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,8 @@ def gpu(options: argparse.Namespace) -> dict[str, Any]:
 
 def _against_plain() -> dict[str, tuple[Step, Step]]:
     """Each kernel and the same work in plain torch."""
+    from kernels import triton_bucket
+
     tokens, width, vocabulary = GPU_SHAPE
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -260,6 +263,12 @@ def _against_plain() -> dict[str, tuple[Step, Step]]:
     def alignment(backend: str) -> tuple[torch.Tensor, ...]:
         return kernels.linear_alignment_kl((leaves[0], leaves[1]), dpo, reverse, r=2.0, backend=backend)[:1]
 
+    ids = torch.arange(64, device="cuda").expand(tokens, 64).contiguous()
+    teacher, tail = torch.full((tokens, 64), -5.0, device="cuda"), torch.full((tokens,), -1.0, device="cuda")
+
+    def bucketed(kernel: Callable[..., torch.Tensor]) -> Callable[[], tuple[torch.Tensor]]:
+        return lambda: (kernel(leaves[0], leaves[1], ids, teacher, tail),)
+
     def advantage(backend: str) -> torch.Tensor:
         return kernels.group_normalised_advantage(reward, group, start_N=start, tokens=ROLLOUTS * WIDTH, backend=backend)
 
@@ -273,6 +282,10 @@ def _against_plain() -> dict[str, tuple[Step, Step]]:
         ),
         "alignment KL of hidden states": (
             step(lambda: alignment("triton"), leaves), step(lambda: alignment("reference"), leaves),
+        ),
+        "bucketed KL of hidden states, 64 ids": (
+            step(bucketed(triton_bucket.from_hidden), leaves),
+            step(bucketed(partial(kernels.linear_bucket_kl, backend="reference")), leaves),
         ),
         "shaping 256 rows, float32": (
             lambda: kernels.shape_logits_(sample, temperature_rule=rule),
@@ -331,16 +344,18 @@ def _gpu_peak(call: Step) -> int:
 
 
 def _gpu_seconds(call: Step, rounds: int) -> float:
+    """Of one call among a few in a row: what the host does for the next call overlaps with what the GPU does for this one."""
     for _ in range(3):
         call()
-    times = []
-    for _ in range(max(rounds, 10)):
+    times, row = [], 4
+    for _ in range(max(rounds, 7)):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-        call()
+        for _ in range(row):
+            call()
         end.record()
         torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
+        times.append(begin.elapsed_time(end) / (1e3 * row))
     return statistics.median(times)
 
 
