@@ -15,6 +15,7 @@ from rl.budget_settings import describe_budgets
 from rl.preflight import Plan, check_resources, derived_plan
 from rl.redaction import redact_tree
 from rl.settings import Settings
+from rl.stage_settings import makes_its_teachers
 
 
 def show_plan(settings: Settings, console: Console | None = None) -> None:
@@ -25,6 +26,8 @@ def show_plan(settings: Settings, console: Console | None = None) -> None:
     plan = derived_plan(settings)
     console.print(batch_table(plan))
     console.print(placement_table(plan))
+    if makes_its_teachers(settings):
+        console.print("first two runs of the preference stage make the teacher's models, in folders ending in -dpo and -reverse")
     # Whole and fractional shares that Ray cannot give are wrong on any cluster.
     check_resources(settings, cpus=float("inf"), gpus=float("inf"))
     cores = os.cpu_count() or 1
@@ -50,6 +53,10 @@ def batch_table(plan: Plan) -> Table:
     """The derived sizes of one step, one per row."""
     table = Table("derived", "value", title="One step", title_justify="left")
     table.columns[1].justify = "right"
+    if plan.pairs_per_step:
+        table.add_row("pairs", f"{plan.pairs_per_step:,}")
+        table.add_row("optimiser updates", "1")
+        return table
     rows = {
         "rollouts": plan.rollouts_per_step,
         **{f"rollouts with budget {label}": count for label, count in plan.rollouts_per_budget.items()},

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from rl.budget_settings import describe_budgets
 from rl.errors import ConfigError
 from rl.settings import Settings
+from rl.stage_settings import learns_from_pairs
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Plan:
     tokens_per_step: int
     """Upper bound in tokens: every prompt and every response at its longest."""
     placements: tuple[Placement, ...]
+    pairs_per_step: int = 0
+    """Of a stage that learns from pairs; 0 where a step is made of rollouts."""
 
     @property
     def cpus(self) -> float:
@@ -91,6 +94,7 @@ def derived_plan(settings: Settings) -> Plan:
             ),
             *frozen_placements(settings),
         ),
+        pairs_per_step=settings.preference.pairs_per_step if settings.preference and learns_from_pairs(settings) else 0,
     )
 
 

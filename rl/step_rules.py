@@ -164,7 +164,16 @@ def idle_error(metrics: Mapping[str, float], settings: Settings) -> BudgetRLErro
 def chosen_params(settings: Settings) -> dict[str, object]:
     """The few settings shown as MLflow parameters; the whole configuration is an artifact."""
     plan = derived_plan(settings)
+    preference, distil = settings.preference, settings.distil
+    of_stage: dict[str, object] = {}
+    if preference is not None:
+        of_stage |= {f"preference.{name}": getattr(preference, name) for name in ("form", "reverse", "beta")}
+    if distil is not None:
+        of_stage |= {f"distil.teacher.{name}": getattr(distil.teacher, name) for name in ("mode", "r")}
+        of_stage["distil.beta0"] = distil.beta0
     return {
+        "stage": settings.stage,
+        **of_stage,
         "model.path": settings.model.path,
         "model.dtype": settings.model.dtype,
         "data.source": settings.data.source,
