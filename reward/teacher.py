@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+import kernels
 from reward.heads import Head
 from rl.alignment import compose_teacher
 from rl.guidance import TeacherAnswer, TeacherMode, TeacherRequest
@@ -43,10 +44,16 @@ def compose_answer(
     hidden: final hidden states (R, H) of the DPO and the reverse-DPO model at the positions that predict the tokens; H may
     differ. heads: theirs, of one vocabulary. target_R (R) integer: the tokens. id_RK (R, K) integer, distinct in each row: ids
     that the student asks about (topk), to which the teacher adds the ``top_k`` likeliest of all others. Composed in float32 a few
-    rows at a time; for ``hidden`` nothing is computed. Columns are on the hidden states' device.
+    rows at a time; for ``hidden`` nothing is, only the tokens' log-probs are computed. Columns are on the hidden states' device.
     """
     if mode == "hidden":
-        return TeacherAnswer(dpo_hidden_RH=hidden[0], reverse_hidden_RH=hidden[1])
+        logps = [
+            kernels.linear_logprob_entropy(hidden_RH, head.weight_VH, target_R)[0]
+            for hidden_RH, head in zip(hidden, heads, strict=True)
+        ]
+        return TeacherAnswer(
+            dpo_logp_R=logps[0], reverse_logp_R=logps[1], dpo_hidden_RH=hidden[0], reverse_hidden_RH=hidden[1]
+        )
     parts = []
     for part in _chunks(target_R.numel(), heads[0].weight_VH.shape[0]):
         logits = [head.logits(hidden_RH[part]) for head, hidden_RH in zip(heads, hidden, strict=True)]

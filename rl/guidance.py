@@ -71,7 +71,7 @@ class TeacherAnswer:
     """A teacher's finding, one row per response token of the request; which columns there are depends on the mode.
 
     scalar: teacher_logp_R, alpha_R, dpo_logp_R, reverse_logp_R. topk: id_RK, teacher_logp_RK, tail_R, alpha_R, and the two
-    log-probs. hidden: the two hidden states alone.
+    log-probs. hidden: the two hidden states and the two log-probs.
     """
 
     teacher_logp_R: torch.Tensor | None = None

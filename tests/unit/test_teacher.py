@@ -116,7 +116,10 @@ def test_topk_of_every_id_and_hidden_states_give_the_learner_one_and_the_same_lo
     hidden_RH = torch.randn(R, 16, generator=torch.Generator().manual_seed(9))
     hidden = _actor(models, mode="hidden", r=2.0)
     answer = hidden.score(_request())
-    assert [name for name, value in vars(answer).items() if value is not None] == ["dpo_hidden_RH", "reverse_hidden_RH"]
+    scalar = _actor(models, mode="scalar", r=2.0).score(_request())
+    for name in ("dpo_logp_R", "reverse_logp_R"):  # what the contrastive reward is made of, in every mode
+        torch.testing.assert_close(getattr(answer, name), getattr(scalar, name), atol=1e-5, rtol=0)
+    assert answer.teacher_logp_R is None and answer.alpha_R is None and answer.id_RK is None
     assert answer.dpo_hidden_RH is not None and answer.reverse_hidden_RH is not None
     dpo_VH, reverse_VH = hidden.heads()
     kl, alpha = kernels.linear_alignment_kl(
