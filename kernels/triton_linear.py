@@ -27,7 +27,7 @@ BLOCK_BYTES = 256 * 2**20
 
 @triton.jit
 def _logits(hidden, weight, head_bias, rows, columns, tokens, vocabulary, width, softcap,
-            BIASED: tl.constexpr, CAPPED: tl.constexpr, EXACT: tl.constexpr, EVEN: tl.constexpr,
+            BIASED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
             ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
     """A tile of raw logits (ROWS, COLUMNS), -inf past the vocabulary."""
     # Rows and columns past the end read the last one, which is cheaper than a mask; the caller drops what comes of them.
@@ -41,7 +41,7 @@ def _logits(hidden, weight, head_bias, rows, columns, tokens, vocabulary, width,
         else:
             deep = (depth < width)[None, :]
             h, w = tl.load(left, mask=deep, other=0.0), tl.load(right, mask=deep, other=0.0)
-        z += tl.dot(h, tl.trans(w), input_precision="ieee" if EXACT else "tf32")
+        z += tl.dot(h, tl.trans(w), input_precision=PRECISION)
     if BIASED:
         z += tl.load(head_bias + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)[None, :]
     if CAPPED:
@@ -53,7 +53,7 @@ def _logits(hidden, weight, head_bias, rows, columns, tokens, vocabulary, width,
 
 @triton.jit
 def _forward(hidden, weight, head_bias, target, temperature, ids, bias, out, tokens, vocabulary, width, softcap, per_split,
-             BIASED: tl.constexpr, CAPPED: tl.constexpr, EXACT: tl.constexpr, EVEN: tl.constexpr, SHAPED: tl.constexpr,
+             BIASED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, SHAPED: tl.constexpr,
              RAW: tl.constexpr, IDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
     split = tl.program_id(1)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -68,7 +68,7 @@ def _forward(hidden, weight, head_bias, target, temperature, ids, bias, out, tok
     for start in range(split * per_split, min((split + 1) * per_split, vocabulary), COLUMNS):
         columns = start + tl.arange(0, COLUMNS).to(tl.int64)
         z = _logits(hidden, weight, head_bias, rows, columns, tokens, vocabulary, width, softcap,
-                    BIASED, CAPPED, EXACT, EVEN, ROWS, COLUMNS, DEPTH)
+                    BIASED, CAPPED, PRECISION, EVEN, ROWS, COLUMNS, DEPTH)
         at = columns[None, :] == wanted[:, None]
         if RAW:
             raw_hit += tl.sum(tl.where(at, z, 0.0), axis=1)
@@ -92,7 +92,7 @@ def _forward(hidden, weight, head_bias, target, temperature, ids, bias, out, tok
 @triton.jit
 def _backward(hidden, weight, head_bias, target, temperature, ids, bias, saved, grads, out, first, out_width,
               tokens, vocabulary, width, softcap,
-              BIASED: tl.constexpr, CAPPED: tl.constexpr, EXACT: tl.constexpr, EVEN: tl.constexpr, SHAPED: tl.constexpr,
+              BIASED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, SHAPED: tl.constexpr,
               RAW: tl.constexpr, IDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     start = tl.program_id(1) * COLUMNS
@@ -100,7 +100,7 @@ def _backward(hidden, weight, head_bias, target, temperature, ids, bias, saved, 
     columns = first + inner
     alive = rows < tokens
     z = _logits(hidden, weight, head_bias, rows, columns, tokens, vocabulary, width, softcap,
-                BIASED, CAPPED, EXACT, EVEN, ROWS, COLUMNS, DEPTH)
+                BIASED, CAPPED, PRECISION, EVEN, ROWS, COLUMNS, DEPTH)
     at = columns[None, :] == tl.load(target + rows, mask=alive, other=-1)[:, None]
     plain = tl.full((ROWS,), LOG2_E, tl.float32)
     inverse = 1.0 / tl.load(temperature + rows, mask=alive, other=1.0) if SHAPED else tl.full((ROWS,), 1.0, tl.float32)
@@ -142,7 +142,7 @@ def from_hidden(
 
 def _tiles(like: torch.Tensor, tokens: int, vocabulary: int, width: int) -> dict[str, int]:
     """Tile sizes: as large as tensor cores like them, no larger than the problem; the smallest that tl.dot takes is 16."""
-    rows, columns, depth = (128, 256, 64) if like.dtype in (torch.bfloat16, torch.float16) else (64, 64, 32)
+    rows, columns, depth = (128, 256, 64) if like.dtype in (torch.bfloat16, torch.float16) else (128, 128, 32)
     fit = {"ROWS": (rows, tokens), "COLUMNS": (columns, vocabulary), "DEPTH": (depth, width)}
     tiles = {name: min(most, triton.next_power_of_2(max(size, 16))) for name, (most, size) in fit.items()}
     # A tile of 128 x 128 numbers or more and its softmax do not fit the registers of four warps.
@@ -161,7 +161,8 @@ class _FromHidden(torch.autograd.Function):
         arguments = Arguments(shaping, hidden_TH)
         options = _tiles(hidden_TH, tokens, vocabulary, width)
         options |= {
-            "BIASED": head_bias_V is not None, "CAPPED": softcap is not None, "EXACT": hidden_TH.dtype == torch.float32,
+            # Of float32 only: three products of halves, as exact as the scalar units' and five times as fast.
+            "PRECISION": "tf32x3", "BIASED": head_bias_V is not None, "CAPPED": softcap is not None,
             "EVEN": width % options["DEPTH"] == 0, "SHAPED": arguments.shaped, "RAW": raw, "IDS": arguments.count,
         }  # fmt: skip
         inputs = (hidden_TH, weight_VH, arguments.temperature_T if head_bias_V is None else head_bias_V, target_T,

@@ -138,7 +138,7 @@ def test_no_tokens_give_empty_values_and_zero_gradients() -> None:
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
-@pytest.mark.parametrize("vocabulary", [301, 4096 + 3])
+@pytest.mark.parametrize("vocabulary", [301, 8192 + 3])
 @pytest.mark.parametrize("biased", [False, True])
 def test_logits_are_shaped_in_place(biased: bool, vocabulary: int, dtype: torch.dtype) -> None:
     _check_shaping(6, vocabulary, dtype, biased=biased)
