@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from kernels import eager_bucket
-from kernels.backends import pick_backend
+from kernels.backends import pick
 from kernels.checks import INTEGERS, check_matrix, check_vector
 from kernels.shaping import LOG_ZERO
 
@@ -32,8 +32,7 @@ def linear_bucket_kl(
 
     Shapes: hidden_TH (T, H) and weight_VH (V, H) of one floating point dtype; id_TK (T, K) integer, distinct in each row;
     teacher_logp_TK (T, K) and tail_T (T), nats, -inf allowed and counted as -10000. Returns kl_T, float32 (float64 for float64);
-    differentiable in hidden and weight. ``auto`` is ``eager`` everywhere: there is no Triton form. Raises ValueError or TypeError
-    naming the argument; value ranges are checked on CPU only.
+    differentiable in hidden and weight. Raises ValueError or TypeError naming the argument; value ranges are checked on CPU only.
     Source: AlignDistil (arXiv 2503.02832) over a coarser partition; the bucket is ours.
     """
     _check_head(hidden_TH, weight_VH)
@@ -47,7 +46,7 @@ def linear_bucket_kl(
     check_vector("tail_T", tail_T, length=tokens, like=hidden_TH)
     _check_ids(id_TK, vocabulary)
     log_teacher = [value.detach().to(eager_bucket.compute_dtype(hidden_TH)) for value in (teacher_logp_TK, tail_T)]
-    kernel = _KERNELS[pick_backend("eager" if backend == "auto" else backend, hidden_TH, _KERNELS)]
+    kernel = pick(_KERNELS, backend, hidden_TH, ("triton_bucket", "from_hidden"))
     return kernel(hidden_TH, weight_VH, id_TK.long(), *(value.clamp(min=LOG_ZERO) for value in log_teacher))
 
 

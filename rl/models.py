@@ -76,6 +76,16 @@ def longest_context(folder: Path) -> int | None:
     return max(int(min(found) * (factor or 1)), config.get("model_max_length") or 0)
 
 
+def end_of_sequence_ids(folder: Path) -> list[int]:
+    """All end-of-sequence ids of the generation config; vLLM itself would only know the tokenizer's one."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        ids = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+        if ids is not None:
+            return [ids] if isinstance(ids, int) else list(ids)
+    return []
+
+
 def _converted(path: Path, gguf_file: str) -> Path:
     from launch.fetching import cache_root, convert_gguf
 

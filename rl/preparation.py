@@ -20,7 +20,7 @@ from rl.contrast import ContrastEncoder
 from rl.data import DataError, Problems, load_problems
 from rl.embedded import build_tiny, tiny_config, tiny_tokenizer
 from rl.errors import ConfigError
-from rl.models import at_folder, local_folder, longest_context
+from rl.models import at_folder, end_of_sequence_ids, local_folder, longest_context
 from rl.pair_files import read_pairs
 from rl.pair_sampling import check_enough, counted, longest_pair
 from rl.pairs import FoundPairs
@@ -135,12 +135,13 @@ def contrast_of(
         chosen, section = settings.preference.treg, "preference.treg.contrast"
     if chosen is None:
         return None
+    ends: list[int] = []
     if model is not None:
-        positions = longest_context(model)
+        positions, ends = longest_context(model), end_of_sequence_ids(model)
     else:
         assert settings.warm_start is not None
         positions = tiny_config(settings.warm_start).max_position_embeddings
-    found = ContrastEncoder(chosen.contrast, encoder, tokenizer, max_length=positions or UNBOUNDED, section=section)
+    found = ContrastEncoder(chosen.contrast, encoder, tokenizer, max_length=positions or UNBOUNDED, eos_ids=ends, section=section)
     found.check(prompt.question, tokenizer.encode(prompt.answer, add_special_tokens=False))
     return found
 

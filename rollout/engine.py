@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rl.models import end_of_sequence_ids
 from rl.settings import RolloutSettings
 from rl.types import FinishReason, Lease, Rollout, WeightVersion
 from rollout.meter import Meter
@@ -41,16 +42,6 @@ def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     if config.get("tie_word_embeddings") and "model.embed_tokens.weight" in shapes:
         shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
     return shapes
-
-
-def end_of_sequence_ids(folder: Path) -> list[int]:
-    """All end-of-sequence ids of the generation config; vLLM itself would only know the tokenizer's one."""
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        ids = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-        if ids is not None:
-            return [ids] if isinstance(ids, int) else list(ids)
-    return []
 
 
 def _known(logp: float) -> float:

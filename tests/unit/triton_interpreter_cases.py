@@ -166,6 +166,32 @@ def test_the_alignment_kl_and_its_gradients() -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("chunk_bytes", [2**12, 2**27])
+@pytest.mark.parametrize(("shape", "count"), [((1, 16, 5), 1), ((5, 7, 11), 11), ((33, 20, 301), 64)])
+def test_the_bucketed_kl_and_its_gradients(
+    shape: tuple[int, int, int], count: int, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kernels import triton_bucket
+
+    monkeypatch.setattr(triton_bucket, "CHUNK_BYTES", chunk_bytes)
+    case, generator = _case(*shape), torch.Generator().manual_seed(1)
+    ids = torch.stack([torch.randperm(shape[2], generator=generator)[:count] for _ in range(shape[0])])
+    teacher = torch.log_softmax(torch.randn(shape[0], count + 1, generator=generator), dim=-1)
+
+    def call(h: torch.Tensor, w: torch.Tensor, backend: str) -> tuple[torch.Tensor, ...]:
+        return (kernels.linear_bucket_kl(h, w, ids, teacher[:, :count], teacher[:, count], backend=backend),)
+
+    _compare(call, [case["hidden"], case["weight"] / 4], atol=1e-4)
+
+
+def test_blocks_of_rows_longer_than_a_tile_are_shaped_to_their_first_column() -> None:
+    logits = torch.randn(2, 8192 + 3, generator=torch.Generator().manual_seed(0))
+    rule = kernels.TemperatureRule(math.log(4.0), above=1.2, below=0.4, tau=0.3)
+    options: dict[str, Any] = {"bias_ids": [3, 8194], "bias_B": torch.tensor([1.0, -2.0]), "temperature_rule": rule}
+    found, expected = (kernels.shape_logits_(logits.clone(), backend=b, **options) for b in ("triton", "reference"))
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_advantages_of_ragged_groups(packed: bool) -> None:
     generator = torch.Generator().manual_seed(0)
