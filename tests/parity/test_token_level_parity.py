@@ -114,7 +114,7 @@ def test_a_distillation_by_hidden_states_is_the_mean_over_answers_of_alignment_l
     learner = make_learner(tokens_per_microbatch=budget, heads=HeadSources(*teachers, vocabulary=vocabulary))
     totals = _update(learner, _guided(batch, teachers, "hidden"), _distillation("hidden", vocabulary, batch))
     assert totals["sum/distil_loss"] / loss_tokens(batch)[0] == pytest.approx(loss, rel=1e-4)
-    assert largest_gap({name: tensor for name, tensor in learner.named_weights()}, expected) < TOLERANCE
+    assert largest_gap(dict(learner.named_weights()), expected) < TOLERANCE
     assert sum(totals[f"sum/distil_mass_{name}"] for name in ("agree", "differ", "disagree")) == pytest.approx(
         totals["sum/distil_loss"], rel=1e-5
     )

@@ -1,4 +1,4 @@
-"""The driver's side of frozen models: dealing sequences to workers, putting answers back in place, traffic; no worker is needed."""
+"""The driver's side of frozen models: dealing sequences to workers, putting answers in place, traffic; no worker is needed."""
 
 from __future__ import annotations
 
