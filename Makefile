@@ -7,6 +7,7 @@
 #   make bench-shaping      tokens per second with shaped sampling against without
 #   make bench-grading      verdicts per second against math-verify called directly
 #   make bench-scheduling   longest responses first against the order of arrival, in one engine
+#   make bench-token-level  HAPO against DAPO (ARGS=hapo), AlignDistil against DPO alone (ARGS=aligndistil)
 #   make docs         the documentation as a web site, in site/
 # Variables: PYTHON=python3.12, ARGS="max_steps=5" (quickstart, benchmarks), PYTEST_ARGS="-k budget -x" (test, gpu-test).
 
@@ -23,7 +24,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test gpu-test lint bench-learning bench-trl bench-kernels bench-grading bench-scheduling bench-shaping docs
+.PHONY: help install quickstart test gpu-test lint bench-learning bench-trl bench-kernels bench-grading bench-scheduling bench-shaping bench-token-level docs
 .DEFAULT_GOAL := help
 
 help:
@@ -65,6 +66,9 @@ bench-grading: install
 
 bench-scheduling: install
 	$(BIN)/python -m tests.benchmarks.scheduling $(ARGS)
+
+bench-token-level: install
+	$(BIN)/python -m tests.benchmarks.token_level $(ARGS)
 
 docs:
 	@bash .ci/install docs
