@@ -216,6 +216,18 @@ def write_pairs(path: Path, pairs: Sequence[Pair]) -> str:
     return digest
 
 
+def is_pairs_file(path: Path) -> bool:
+    """Whether the file begins as `write_pairs` begins one: a run's own pairs, not a data set of texts."""
+    if path.suffix != ".jsonl" or not path.is_file():
+        return False
+    with path.open(encoding="utf-8") as file:
+        try:
+            head = json.loads(file.readline())
+        except ValueError:
+            return False
+    return isinstance(head, dict) and head.keys() >= {"format", "pairs", "sha256"}
+
+
 def load_pairs(path: Path, *, digest: str | None = None) -> list[Pair]:
     """The pairs that `write_pairs` wrote there.
 

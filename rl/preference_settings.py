@@ -74,7 +74,8 @@ class PairSettings(Section):
 
     source: str = ROLLOUTS
     """`rollouts`: sampled from the model and compared by verdict, budget and length. Or a data set with preferred and rejected
-    answers: a hub id (`owner/name` or `owner/name:configuration`), or a .parquet/.json/.jsonl file."""
+    answers: a hub id (`owner/name` or `owner/name:configuration`), or a .parquet/.json/.jsonl file. Also the `pairs.jsonl` of an
+    earlier run of the same tokenizer."""
     split: str = "train"
     """Split of a hub data set."""
     prompt_column: str = "prompt"

@@ -23,7 +23,7 @@ from rl.errors import ConfigError
 from rl.models import at_folder, end_of_sequence_ids, local_folder, longest_context
 from rl.pair_files import read_pairs
 from rl.pair_sampling import check_enough, counted, longest_pair
-from rl.pairs import FoundPairs
+from rl.pairs import FoundPairs, is_pairs_file, load_pairs
 from rl.prompts import PromptEncoder, PromptStream, load_tokenizer, uses_chat_template
 from rl.rollout_settings import ReflexSettings
 from rl.settings import Settings
@@ -121,7 +121,12 @@ def found_pairs(settings: Settings, tokenizer: Any) -> FoundPairs | None:
     preference = settings.preference
     if preference is None or preference.pairs.from_rollouts or not learns_from_pairs(settings):
         return None
-    found = read_pairs(preference.pairs, settings.data, tokenizer, max_length=longest_pair(settings))
+    path = Path(preference.pairs.source).expanduser()
+    if is_pairs_file(path):
+        pairs = load_pairs(path)
+        found = FoundPairs(tuple(pairs), {f"of {path}": len(pairs)})
+    else:
+        found = read_pairs(preference.pairs, settings.data, tokenizer, max_length=longest_pair(settings))
     check_enough(len(found.pairs), settings, what=counted(found))
     return found
 

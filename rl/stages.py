@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rl.errors import BudgetRLError
 from rl.manifest import latest, read_manifest
-from rl.pair_run import PairRun
+from rl.pair_run import PAIRS_NAME, PairRun
 from rl.run import Run
 from rl.run_folder import RunFolder
 from rl.settings import Settings
@@ -36,7 +36,10 @@ def teacher_settings(settings: Settings, folder: RunFolder, name: str) -> Settin
     It is a run like any other: it can be stopped, resumed, looked at in MLflow and exported by itself.
     """
     assert settings.preference is not None
-    preference = settings.preference.model_copy(update={"reverse": TEACHERS[name]})
+    pairs = settings.preference.pairs
+    if name == "reverse" and pairs.from_rollouts:  # the pairs of the first run, which are there by now
+        pairs = pairs.model_copy(update={"source": str(teacher_folder(folder, "dpo") / PAIRS_NAME)})
+    preference = settings.preference.model_copy(update={"reverse": TEACHERS[name], "pairs": pairs})
     learner = settings.learner.model_copy(update={"minibatches": 1, "epochs": 1})
     output = settings.output.model_copy(update={"dir": str(teacher_folder(folder, name)), "name": None})
     return settings.model_copy(

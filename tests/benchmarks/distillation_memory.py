@@ -1,8 +1,9 @@
 """Peak memory of a distillation step beside a plain policy step:  python -m tests.benchmarks.distillation_memory
 
-A model of SmolLM2-135M's shape with random weights (30 layers of 576, vocabulary 49152), float32, one update on the same answers
-by the real learner, each kind in a process of its own. Shown are the process's largest resident size, and what of it came with the
-update: the rest is weights, gradients and optimiser state, which all kinds share, and in mode hidden the teacher's two heads.
+A model of SmolLM2-135M's shape with random weights (30 layers of 576, vocabulary 49152), float32: one update on the same
+answers by the real learner, each kind in a process of its own. Shown are the process's largest resident size, and what of it
+came with the update: the rest is weights, gradients and optimiser state, which all kinds share, and in mode hidden the
+teacher's two heads.
 """
 
 from __future__ import annotations

@@ -11,7 +11,18 @@ import torch
 
 from rl.data import DataError
 from rl.guidance import Pair
-from rl.pairs import PairStream, load_pairs, make_pair, pairs_digest, pairs_of, split_pairs, to_batch, turned_round, write_pairs
+from rl.pairs import (
+    PairStream,
+    is_pairs_file,
+    load_pairs,
+    make_pair,
+    pairs_digest,
+    pairs_of,
+    split_pairs,
+    to_batch,
+    turned_round,
+    write_pairs,
+)
 from rl.types import Budget, BudgetKind, Group, Scored, VerdictStatus
 from tests.builders import NO_THINK, make_budget, make_lease, make_prompt, make_rollout, make_scored
 
@@ -245,3 +256,11 @@ def test_values_that_do_not_fit_are_refused() -> None:
         to_batch(pairs, credit=[full, full])
     with pytest.raises(ValueError, match="1 pairs and 2 mini-batch ids"):
         to_batch(pairs, [0, 0])
+
+
+def test_a_runs_own_pairs_are_told_from_a_data_set(tmp_path: Path) -> None:
+    own, texts, broken = tmp_path / "pairs.jsonl", tmp_path / "texts.jsonl", tmp_path / "broken.jsonl"
+    write_pairs(own, [make_pair((1,), (2,), (3,))])
+    texts.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    broken.write_text("{")
+    assert [is_pairs_file(path) for path in (own, texts, broken, tmp_path / "none.jsonl")] == [True, False, False, False]

@@ -89,6 +89,9 @@ def test_a_teacher_is_made_by_two_runs_beside_the_run_itself_one_with_the_pairs_
     first, second = (teacher_settings(settings, folder, name) for name in ("dpo", "reverse"))
     assert first.preference is not None and second.preference is not None
     assert (first.preference.reverse, second.preference.reverse) == (False, True)
+    # the second run learns the first one's pairs, not others sampled again
+    assert first.preference.pairs.from_rollouts
+    assert second.preference.pairs.source == str(tmp_path / "run-dpo" / "pairs.jsonl")
     assert {first.output.dir, second.output.dir} == {str(tmp_path / "run-dpo"), str(tmp_path / "run-reverse")}
     for made in (first, second):
         assert made.stage == "preference" and made.distil is None and made.learner.epochs == 1
