@@ -32,7 +32,7 @@ def check_adapter(folder: Path, name: str) -> None:
     if not (folder / CONFIG).is_file():
         raise ConfigError(
             f"{name}={folder} is no LoRA adapter: it has no {CONFIG}",
-            fix="name an adapter folder of peft, or leave teacher.base out to use two whole models",
+            fix="name an adapter folder of peft, or leave distil.teacher.base out to use two whole models",
         )
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if config.get("peft_type") != "LORA":

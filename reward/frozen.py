@@ -109,8 +109,8 @@ class FrozenModel:
         refuse_head(str(folder), lm.config, plain=plain)
         if plain and getattr(lm.get_output_embeddings(), "bias", None) is not None:
             raise ConfigError(
-                f"{folder}: the head has a bias, and teacher.mode=hidden takes a plain head only",
-                fix="use teacher.mode=scalar, or another model",
+                f"{folder}: the head has a bias, and distil.teacher.mode=hidden takes a plain head only",
+                fix="use distil.teacher.mode=scalar, or another model",
             )
         lm.requires_grad_(False).eval().to(device)
         tokenizer = load_tokenizer(str(folder), "frozen model", trust_remote_code=trust_remote_code)

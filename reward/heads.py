@@ -71,7 +71,7 @@ def refuse_head(name: str, config: Any, *, plain: bool) -> None:
         raise ConfigError(
             f"{name}: model {text.model_type} caps its logits ({SOFTCAP}={getattr(text, SOFTCAP)}), and "
             "the mode of the teacher takes a plain head only",
-            fix="use teacher.mode=scalar, or another model",
+            fix="use distil.teacher.mode=scalar, or another model",
         )
 
 

@@ -100,7 +100,7 @@ class TeacherActor:
 
     def _whole(self, name: str, source: str, student: object, *, adapter: Path | None = None) -> FrozenModel:
         """One of the models, once its tokenizer has proved to be the student's."""
-        key = f"teacher.{name}"
+        key = f"distil.teacher.{name}"
         folder = source_folder(self._settings, name, source, trust_remote_code=self._trust_remote_code)
         check_model(folder, key)
         tokenizer = load_tokenizer(str(folder), key, trust_remote_code=self._trust_remote_code)
@@ -117,7 +117,7 @@ class TeacherActor:
 
     def _adapter(self, name: str, source: str) -> Path:
         folder = source_folder(self._settings, name, source, adapter=True)
-        check_adapter(folder, f"teacher.{name}")
+        check_adapter(folder, f"distil.teacher.{name}")
         return folder
 
     def _started(self) -> tuple[FrozenModel, FrozenModel]:

@@ -53,16 +53,16 @@ def check_ids(settings: TeacherSettings, vocabulary: int) -> None:
     wanted = settings.top_k + settings.student_k
     if settings.mode == "topk" and wanted > vocabulary:
         raise ConfigError(
-            f"teacher.top_k={settings.top_k} and teacher.student_k={settings.student_k} are {wanted} ids, and the vocabulary has "
-            f"{vocabulary}",
-            fix="ask for fewer, or use teacher.mode=hidden",
+            f"distil.teacher.top_k={settings.top_k} and distil.teacher.student_k={settings.student_k} are {wanted} ids, and the "
+            f"vocabulary has {vocabulary}",
+            fix="ask for fewer, or use distil.teacher.mode=hidden",
         )
 
 
 def _check_source(settings: TeacherSettings, sources: Sources, name: str, student: Any, trust_remote_code: bool) -> None:
     from transformers import AutoConfig
 
-    key = f"teacher.{name}"
+    key = f"distil.teacher.{name}"
     adapter = sources.base is not None and name != "base"
     source = getattr(sources, name)
     folder = source_folder(settings, name, source, adapter=adapter, weights=False, trust_remote_code=trust_remote_code)
@@ -81,7 +81,7 @@ def check_model(folder: Path, name: str) -> None:
     if is_adapter(folder):
         raise ConfigError(
             f"{name}={folder} is a LoRA adapter, and there is no base to put it on",
-            fix="set teacher.base to the model it was trained on (then teacher.dpo and teacher.reverse are both adapters)",
+            fix="set distil.teacher.base to the model it was trained on (then distil.teacher.dpo and .reverse are both adapters)",
         )
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{name}={folder} is no model folder: it has no config.json", fix="name a Hugging Face model folder")
@@ -104,7 +104,7 @@ def source_folder(
     that does not exist or holds no safetensors, a hub id that cannot be had, or a hub model whose code is to be run and whose
     commit is not pinned.
     """
-    key = f"teacher.{name}"
+    key = f"distil.teacher.{name}"
     path = Path(source).expanduser()
     if path.is_dir():
         if (path / "config.json").is_file() and not tensor_files(path):

@@ -168,7 +168,9 @@ class FrozenModels:
         starts = batch.start_N.tolist()
         result: torch.Tensor | None = None
         for index in _portions(batch):
-            data = to_data_proto(replace(select_rollouts(batch, index), guidance=Guidance()), self.settings.learner.ranks)
+            # Numbered by their place in this batch, which may itself be a part of another (the chosen answers of pairs).
+            part = replace(select_rollouts(batch, index), guidance=Guidance(), index_N=torch.tensor(index))
+            data = to_data_proto(part, self.settings.learner.ranks)
             data.meta_info[method] = arguments
             refs = getattr(self.learners, method)(data)
             what = f"learner ranks score {len(index)} sequences"

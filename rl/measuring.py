@@ -32,7 +32,7 @@ def prompts_ahead(stream: PromptStream, settings: Settings) -> list[Prompt]:
     """The distinct prompts a run can come to, in the order of their first turn: all of them where only max_steps can tell."""
     wanted = len(stream)
     if settings.max_steps is not None:
-        wanted = min(wanted, settings.max_steps * settings.prompts_per_step)
+        wanted = min(wanted, settings.max_steps * settings.prompts_per_step * (1 + settings.rollout.refill))
     prompts, _ = stream.take(0, wanted)
     return list({prompt.id: prompt for prompt in prompts}.values())
 

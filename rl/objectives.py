@@ -114,6 +114,8 @@ def distillation_objective(
     alpha_T = guide.alpha_T if scores.alpha is None else scores.alpha
     assert alpha_T is not None
     selected_T = guide.weight_T > 0
+    # 0 where nobody asked the teacher and in padding rows: an infinite beta times a weight of 0 would be NaN, gradient included
+    alpha_T = torch.where(selected_T, alpha_T, 1.0)
     beta_T = kl_weight(alpha_T, beta0=task.beta0, beta_max=task.beta_max)
     if scores.divergence is None:
         assert guide.teacher_logp_T is not None
@@ -132,7 +134,7 @@ def distillation_objective(
     else:
         kl_T = scores.divergence.detach()
         # selecting before the product keeps a padding row's NaN out of the gradient
-        loss_T = torch.where(selected_T, guide.weight_T * beta_T * scores.divergence, 0.0)
+        loss_T = guide.weight_T * beta_T * torch.where(selected_T, scores.divergence, 0.0)
         loss, mass_T = loss_T.sum(), loss_T.detach()
     _count_distillation(totals, task, loss, kl_T, alpha_T, mass_T, selected_T)
     return loss

@@ -52,6 +52,7 @@ class PairRun(Run):
             self.console.say(f"resumed from {resume[0].name}")
         else:
             self.push_weights()
+            self.progress.started = time.monotonic()  # max_minutes is about training
 
     @property
     def preference(self) -> Any:
@@ -135,7 +136,7 @@ class PairRun(Run):
         metrics = self.distil(pairs) if settings.stage == "distil" else self.prefer(pairs)
         progress.step += 1
         progress.cursor = cursor
-        tokens = sum(pair.tokens for pair in pairs)
+        tokens = sum(len(pair.chosen_ids) if settings.stage == "distil" else pair.tokens for pair in pairs)
         progress.tokens_seen += tokens
         seconds = time.monotonic() - started
         metrics |= {

@@ -80,12 +80,23 @@ class LogProbHead(nn.Module):
         probable k ids below vocabulary.
         """
         scores = self._scores(hidden_TH, target_T, temperature_T, bias_T, behaviour)
+        if top is not None or alignment is not None:
+            self._refuse_all_but_plain()
         if top is not None:
             return scores._replace(top=kernels.top_ids(hidden_TH, self.weight[: top[1]], top[0]))
         if alignment is None:
             return scores
         divergence, alpha = self._divergence(hidden_TH, alignment)
         return scores._replace(divergence=divergence, alpha=alpha)
+
+    def _refuse_all_but_plain(self) -> None:
+        """The kernels that compare with a teacher take a matrix and nothing else: without its bias the student is another."""
+        if self.bias is not None or self.softcap is not None:
+            raise ConfigError(
+                f"the output head of model.path has {'a bias' if self.bias is not None else 'a softcap'}, and "
+                "distil.teacher.mode=hidden and topk take a plain head only",
+                fix="use distil.teacher.mode=scalar, or another model",
+            )
 
     def _divergence(self, hidden_TH: torch.Tensor, alignment: Alignment) -> tuple[torch.Tensor, torch.Tensor | None]:
         weight_VH = self.weight[: alignment.vocabulary]

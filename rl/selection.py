@@ -51,7 +51,8 @@ def weighted(
     selected_T = (batch.guidance.weight_T > 0) & batch.loss_mask_T
     if task.entropy_share is not None and old is not None:
         selected_T &= _least_sure(old.entropy.cpu(), selected_T, task.entropy_share, gather, old.entropy.device)
-    if task.sstoken is not None and old is not None:
+    # A rank without a candidate has nothing to choose from, and neither reference nor attention to choose by.
+    if task.sstoken is not None and old is not None and bool(selected_T.any()):
         gamma, share = task.sstoken
         place_T = selected_T.nonzero().squeeze(1)
         assert batch.guidance.reference_T is not None

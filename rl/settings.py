@@ -227,7 +227,7 @@ class Settings(Section):
         steps = self.max_steps or (self.preference.steps if self.preference and self.stage == "preference" else None)
         if not any((steps, self.max_tokens, self.max_rollouts, self.max_minutes)):
             raise ValueError("the run would never stop; set max_steps, max_tokens, max_rollouts or max_minutes")
-        if self.learner.lr_schedule != "constant" and self.max_steps is None:
+        if self.learner.lr_schedule != "constant" and steps is None:
             raise ValueError(
                 f"learner.lr_schedule={self.learner.lr_schedule} falls to 0 at max_steps, which is not set; set it, or constant"
             )

@@ -31,6 +31,13 @@ def check_stage(settings: Settings) -> None:
             "distil.teacher names no models: give distil.teacher.dpo and distil.teacher.reverse, or a section preference that "
             "says how to train them"
         )
+    if preference is not None and makes_teachers:
+        _check_teachers_runs(settings)
+    if preference is not None and preference.reverse and settings.stage != "preference":
+        raise ValueError(
+            f"preference.reverse is for stage=preference; leave it out in stage={settings.stage}, which trains both kinds of "
+            "model itself and learns from the chosen answers"
+        )
     if distil is not None and distil.data == "pairs":
         if settings.stage != "distil":
             raise ValueError("distil.data=pairs has no rollouts to reward; set stage=distil, or distil.data=rollouts")
@@ -56,6 +63,19 @@ def _reads_pairs(settings: Settings) -> bool:
     return settings.distil is not None and settings.distil.data == "pairs"
 
 
+def _check_teachers_runs(settings: Settings) -> None:
+    """The runs that make a teacher stop by steps or minutes: tokens and rollouts are counted where rollouts are learned from."""
+    preference = settings.preference
+    assert preference is not None
+    if not any((preference.steps, settings.max_steps, settings.max_minutes)):
+        raise ValueError("the runs that make the teacher's two models would never stop; set preference.steps")
+    if preference.treg is not None:
+        raise ValueError(
+            "preference.treg favours the tokens of better answers, and one of the teacher's two models learns the worse ones; "
+            "leave it out, or train the models by themselves and name them in distil.teacher.dpo and distil.teacher.reverse"
+        )
+
+
 def _check_updates(settings: Settings) -> None:
     learner = settings.learner
     supervised = learns_from_pairs(settings)
@@ -64,8 +84,9 @@ def _check_updates(settings: Settings) -> None:
             f"learner.minibatches={learner.minibatches} and learner.epochs={learner.epochs} repeat updates on rollouts; "
             "pairs are taken preference.pairs_per_step at a time: set both to 1"
         )
-    if supervised and settings.max_tokens is not None:
-        raise ValueError("max_tokens counts response tokens that are sampled, and this stage samples none; set max_steps")
+    for name in ("max_tokens", "max_rollouts"):
+        if supervised and getattr(settings, name) is not None:
+            raise ValueError(f"{name} counts what the steps sample, and this stage samples none; set max_steps")
     if supervised and settings.rollout.refill:
         raise ValueError("rollout.refill replaces groups of rollouts, and this stage has none; set it to 0")
 

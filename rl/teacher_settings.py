@@ -44,17 +44,18 @@ class TeacherSettings(Section):
     tokens_per_pass: Positive = 8192
     """Padded tokens of one forward pass; more needs more memory and never changes the result."""
     deadline_s: float = Field(default=600.0, gt=0)
-    """Longest wait for an answer, and for the models to load."""
+    """Longest wait for the answers to one step; loading has rollout.start_deadline_s."""
 
     @model_validator(mode="after")
     def _complete(self) -> TeacherSettings:
         if self.base is not None and (self.dpo is None or self.reverse is None):
             missing = "dpo" if self.dpo is None else "reverse"
             raise ValueError(
-                f"teacher.base={self.base} is the model under two LoRA adapters, and teacher.{missing} names none; "
+                f"distil.teacher.base={self.base} is the model under two LoRA adapters, and distil.teacher.{missing} names none; "
                 "name both adapter folders, or leave base out"
             )
         for name in ("dpo", "reverse", "base"):
             if getattr(self, f"{name}_revision") is not None and getattr(self, name) is None:
-                raise ValueError(f"teacher.{name}_revision is set and teacher.{name} is not; name the hub model too")
+                key = f"distil.teacher.{name}"
+                raise ValueError(f"{key}_revision is set and {key} is not; name the hub model too")
         return self

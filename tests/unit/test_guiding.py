@@ -144,6 +144,15 @@ def test_scores_of_the_learner_ranks_come_back_to_their_rollouts_whatever_the_de
     assert torch.equal(FrozenModels(settings, _Learners(), [], []).learner_logp(batch), batch.token_T.float())
 
 
+def test_scores_of_a_part_of_a_batch_come_back_to_the_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rl.guiding.wait_for", lambda refs, **_: refs)
+    pairs = [make_pair((1,), (2, 3), (4, 5, 6)), make_pair((7,), (8,), (9,)), make_pair((7,), (10,), (11, 12))]
+    chosen = select_rollouts(to_batch(pairs), [0, 2, 4])  # numbered 0, 2, 4 in the whole
+    settings = _settings()
+    settings = settings.model_copy(update={"learner": settings.learner.model_copy(update={"ranks": 2})})
+    assert torch.equal(FrozenModels(settings, _Learners(), [], []).learner_logp(chosen), chosen.token_T.float())
+
+
 def test_a_portion_ends_between_pairs_never_inside_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rl.guiding.PORTION_TOKENS", 5)
     batch = to_batch([make_pair((1,), (2, 3), (4, 5, 6)), make_pair((1,), (7,), (8,)), make_pair((9,), (7, 7, 7, 7), (8,))])

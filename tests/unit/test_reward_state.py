@@ -121,6 +121,8 @@ def test_the_prompts_ahead_are_those_of_the_runs_steps_each_once() -> None:
     base = {"model": {"path": "m"}, "data": {"source": "x.json"}, "prompts_per_step": 2}
     ahead = prompts_ahead(stream, Settings.model_validate({**base, "max_steps": 3}))
     assert ahead == stream.take(0, 6)[0]
+    refilled = prompts_ahead(stream, Settings.model_validate({**base, "max_steps": 1, "rollout": {"refill": 2}}))
+    assert refilled == stream.take(0, 6)[0]
     for stop in ({"max_steps": 100}, {"max_tokens": 5}):
         assert {prompt.id for prompt in prompts_ahead(stream, Settings.model_validate(base | stop))} == {
             f"q{i}" for i in range(8)

@@ -73,3 +73,7 @@ def test_sstoken_keeps_what_the_policy_gained_most_on_the_start_policy() -> None
     old = _old([1.0] * 7, [0.0, -1.0, -0.5, -3.2, 0.0, -0.1, -1.0])  # gains 1, 0, -0.2 | 0, 1.5
     kept = [weight > 0 for weight in _weights(batch, old, [4, 4], sstoken=(1.0, 0.5))]
     assert kept == [False, True, True, False, False, False, True]
+
+
+def test_sstoken_has_nothing_to_choose_from_where_no_token_is_a_candidate() -> None:
+    assert _weights(_batch([0, 0, 0, 0, 0]), _old([1.0] * 7), [4, 4], sstoken=(0.5, 0.5)) == [0.0] * 7
