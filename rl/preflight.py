@@ -79,7 +79,7 @@ def derived_plan(settings: Settings) -> Plan:
         rollouts_per_minibatch=minibatch,
         rollouts_per_rank=math.ceil(minibatch / learner.ranks),
         updates_per_step=learner.minibatches * learner.epochs,
-        tokens_per_step=rollouts * (settings.data.max_prompt_length + rollout.max_length),
+        tokens_per_step=rollouts * (1 + rollout.refill) * (settings.data.max_prompt_length + rollout.max_length),
         placements=(
             Placement(
                 *("rollout engine", rollout.workers, rollout.cpus_per_worker, rollout.gpus_per_worker),

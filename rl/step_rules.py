@@ -11,7 +11,7 @@ import torch
 from reward.answers import budget_tokens
 from reward.budget import budget_ceiling
 from reward.scoring import length_parts
-from rl.advantage import ScoredBatch, compute
+from rl.advantage import ScoredBatch, compute, loss_tokens
 from rl.batch import pack_rollouts
 from rl.behaviour import Vocabulary
 from rl.budget_settings import describe_budgets
@@ -89,6 +89,9 @@ def scored_batch(members: Sequence[Scored], rewards: Sequence[Reward], group_N: 
         correct_N=torch.tensor([m.verdict.is_correct for m in members], dtype=torch.bool),
         length_N=torch.tensor([m.rollout.length for m in members], dtype=torch.float64),
         max_length=settings.rollout.max_length,
+        loss_tokens_N=torch.tensor(
+            [loss_tokens(m.rollout, train_prefix=settings.learner.train_prefix) for m in members], dtype=torch.float64
+        ),
     )
 
 
