@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rl.errors import BudgetRLError
-from rl.manifest import latest, read_manifest
+from rl.manifest import check_resumable, latest, read_manifest
 from rl.pair_run import PAIRS_NAME, PairRun
 from rl.run import Run
 from rl.run_folder import RunFolder
@@ -66,12 +66,16 @@ def teacher_folder(folder: RunFolder, name: str) -> Path:
 
 
 def finished_model(settings: Settings, folder: Path) -> Path | None:
-    """The model of a run in ``folder`` that reached its last step; None where there is none yet."""
+    """The model of a run in ``folder`` that reached its last step; None where there is none yet.
+
+    Raises ConfigError for one that was made with other settings, as resuming it would.
+    """
     newest = latest(folder / "checkpoints")
     if newest is None or settings.resume == "never":
         return None
-    wanted = staged(settings).max_steps
-    return newest / "model" if wanted is not None and read_manifest(newest).step >= wanted else None
+    wanted, manifest = staged(settings), read_manifest(newest)
+    check_resumable(manifest, wanted.model_dump(mode="json"))
+    return newest / "model" if wanted.max_steps is not None and manifest.step >= wanted.max_steps else None
 
 
 def with_teachers(settings: Settings, dpo: Path, reverse: Path) -> Settings:

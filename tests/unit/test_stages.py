@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from launch.config import load_settings
+from rl.errors import ConfigError
 from rl.manifest import MANIFEST_NAME
 from rl.pair_run import PairRun
 from rl.preflight import derived_plan
@@ -103,19 +104,23 @@ def test_a_finished_teacher_is_not_made_again_and_an_unfinished_or_unwanted_one_
     settings = teacher_settings(Settings.model_validate(PIPELINE), RunFolder(tmp_path / "run"), "dpo")
     folder = tmp_path / "run-dpo"
     assert finished_model(settings, folder) is None
-    _checkpoint(folder, 2)
+    _checkpoint(folder, 2, settings)
     assert finished_model(settings, folder) is None
-    _checkpoint(folder, 3)
+    _checkpoint(folder, 3, settings)
     assert finished_model(settings, folder) == folder / "checkpoints" / "step-000003" / "model" == made_model(folder)
     assert finished_model(settings.model_copy(update={"resume": "never"}), folder) is None
+    assert settings.preference is not None
+    other = settings.model_copy(update={"preference": settings.preference.model_copy(update={"beta": 0.5})})
+    with pytest.raises(ConfigError, match="preference.beta: 0.1 -> 0.5"):
+        finished_model(other, folder)
 
 
-def _checkpoint(folder: Path, step: int) -> None:
+def _checkpoint(folder: Path, step: int, settings: Settings) -> None:
     import json
 
     place = folder / "checkpoints" / f"step-{step:06d}"
     place.mkdir(parents=True)
-    manifest = Manifest(step, {}, 0, 0, 0.0, None, WeightVersion(step, ""), 1)
+    manifest = Manifest(step, staged(settings).model_dump(mode="json"), 0, 0, 0.0, None, WeightVersion(step, ""), 1)
     (place / MANIFEST_NAME).write_text(json.dumps(asdict(manifest)))
 
 
