@@ -43,8 +43,9 @@ class DistilSettings(Section):
     teacher.r=20, as the published code has it)."""
     weight: float = Field(default=1.0, gt=0)
     """stage rl: weight of the distillation beside the policy loss."""
-    beta0: float = Field(default=0.1, gt=0)
-    """Scale of the reward that the teacher stands for: the beta of the DPO that made it. A token's KL weighs beta0 / alpha."""
+    beta0: float | None = Field(default=None, gt=0)
+    """Scale of the reward that the teacher stands for: the beta of the DPO that made it. A token's KL weighs beta0 / alpha.
+    None: `preference.beta` where the run trains its teacher, else 0.1."""
     beta_max: float | None = Field(default=None, gt=0)
     """Cap on that weight, which is 100 where both models of the teacher agree (beta0 0.1, eps 0.001); None: no cap."""
     length_norm: bool = True
@@ -58,8 +59,15 @@ class DistilSettings(Section):
     sstoken: SsTokenSettings | None = None
     """Distil only the tokens that ssToken picks; None: all."""
 
+    @property
+    def scale(self) -> float:
+        """beta0, decided."""
+        return 0.1 if self.beta0 is None else self.beta0
+
     @model_validator(mode="after")
     def _one_selection(self) -> DistilSettings:
+        if self.data == "pairs" and "verdicts" in self.model_fields_set:
+            raise ValueError("distil.verdicts chooses among graded answers, and distil.data=pairs grades none; leave it out")
         if self.entropy_share is not None and self.sstoken is not None:
             raise ValueError("distil.entropy_share and distil.sstoken both choose tokens; leave one out")
         if self.data == "pairs" and self.teacher.mode == "scalar":

@@ -140,7 +140,7 @@ class FrozenModels:
             "time/teach": seconds,
         }
         known = [(a.dpo_logp_R, a.reverse_logp_R) for a in answers]
-        gains = [distil.beta0 * (dpo_R - reverse_R) for dpo_R, reverse_R in known if dpo_R is not None and reverse_R is not None]
+        gains = [distil.scale * (dpo_R - reverse_R) for dpo_R, reverse_R in known if dpo_R is not None and reverse_R is not None]
         if gains:
             gain_R = torch.cat(gains)
             figures["distil/contrastive_reward"] = float(gain_R.sum()) / max(figures["distil/rollouts"], 1.0)

@@ -24,6 +24,7 @@ from rl.guidance import HeadSources
 from rl.heterogeneous import entropy_statistics
 from rl.losses import kl_penalty
 from rl.objectives import add, distillation_objective, likelihood_objective, policy_objective, preference_objective
+from rl.optimisation import deepspeed_config, learning_rate
 from rl.policy import PLAIN, Alignment, PolicyModel, Scores, load_policy
 from rl.process_group import gathered_over_ranks
 from rl.replay import POLICY, OldScores, Task, select_old
@@ -33,37 +34,6 @@ from rl.sstoken import PromptAttention
 from rl.types import EntropyStatistics, TrainBatch
 
 log = logging.getLogger("budget_rl.learner")
-
-
-def learning_rate(settings: LearnerSettings, update: int, total_updates: int | None) -> float:
-    """Learning rate of optimiser step ``update`` (0-based): linear warm-up, then constant, linear or cosine decay to 0."""
-    if update < settings.warmup_steps:
-        return settings.lr * (update + 1) / settings.warmup_steps
-    if settings.lr_schedule == "constant" or not total_updates:
-        return settings.lr
-    span = max(total_updates - settings.warmup_steps, 1)
-    done = min((update - settings.warmup_steps) / span, 1.0)
-    if settings.lr_schedule == "linear":
-        return settings.lr * (1.0 - done)
-    return settings.lr * 0.5 * (1.0 + math.cos(math.pi * done))
-
-
-def deepspeed_config(settings: LearnerSettings, *, dtype: str) -> dict[str, Any]:
-    """DeepSpeed configuration of one engine; accumulation and scaling are ours, so its own batch sizes are 1."""
-    zero: dict[str, Any] = {"stage": settings.zero_stage, "overlap_comm": False}
-    if settings.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": settings.grad_clip,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": dtype == "bfloat16"},
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-    }
 
 
 class Learner:

@@ -76,11 +76,12 @@ class PairRun(Run):
             found = self.prepared.pairs or self.sampled_pairs()
             check_enough(len(found.pairs), self.settings, what=counted(found))
             self.console.say(f"pairs: {len(found.pairs)} ({counted(found)})")
-            pairs = [turned_round(pair) for pair in found.pairs] if self.preference.reverse else list(found.pairs)
+            pairs = list(found.pairs)
         self.digest = pairs_digest(pairs)
         if kept is None or kept.resolve() != here.resolve():
             write_pairs(here, pairs)
-        return pairs
+        # The file holds them as they were found, so that it can be another run's source.
+        return [turned_round(pair) for pair in pairs] if self.preference.reverse else pairs
 
     def sampled_pairs(self) -> FoundPairs:
         """Pairs from answers of the start policy, which the engines still hold."""

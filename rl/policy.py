@@ -176,6 +176,16 @@ def load_policy(
     lm = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True
     )
+    _disable_dropout(lm)
     if gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return PolicyModel(lm)
+
+
+def _disable_dropout(lm: nn.Module) -> None:
+    """Engines, references and old log-probs know no dropout; with it the learner's policy would be another at every pass."""
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010  (nn.Module declares no such attribute)

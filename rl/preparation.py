@@ -23,7 +23,7 @@ from rl.errors import ConfigError
 from rl.models import at_folder, end_of_sequence_ids, local_folder, longest_context
 from rl.pair_files import read_pairs
 from rl.pair_sampling import check_enough, counted, longest_pair
-from rl.pairs import FoundPairs, is_pairs_file, load_pairs
+from rl.pairs import FoundPairs, is_pairs_file, is_too_long, load_pairs
 from rl.prompts import PromptEncoder, PromptStream, load_tokenizer, uses_chat_template
 from rl.rollout_settings import ReflexSettings
 from rl.settings import Settings
@@ -123,12 +123,26 @@ def found_pairs(settings: Settings, tokenizer: Any) -> FoundPairs | None:
         return None
     path = Path(preference.pairs.source).expanduser()
     if is_pairs_file(path):
-        pairs = load_pairs(path)
-        found = FoundPairs(tuple(pairs), {f"of {path}": len(pairs)})
+        found = known_pairs(path, settings, len(tokenizer))
     else:
         found = read_pairs(preference.pairs, settings.data, tokenizer, max_length=longest_pair(settings))
     check_enough(len(found.pairs), settings, what=counted(found))
     return found
+
+
+def known_pairs(path: Path, settings: Settings, vocabulary: int) -> FoundPairs:
+    """The pairs of an earlier run. Raises DataError for token ids that the tokenizer does not have."""
+    assert settings.preference is not None
+    wanted, longest = settings.preference.pairs.size, longest_pair(settings)
+    pairs = load_pairs(path)[:wanted]
+    largest = max((max(*p.prompt_ids, *p.chosen_ids, *p.rejected_ids) for p in pairs), default=0)
+    if largest >= vocabulary:
+        raise DataError(
+            f"{path} holds token {largest}, and the tokenizer of model.path has {vocabulary}",
+            fix="use the pairs of a run whose model has the same tokenizer",
+        )
+    kept = tuple(pair for pair in pairs if not is_too_long(pair, longest))
+    return FoundPairs(kept, {"of an earlier run": len(pairs), "too_long": len(pairs) - len(kept)})
 
 
 def contrast_of(

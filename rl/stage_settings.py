@@ -45,6 +45,13 @@ def check_stage(settings: Settings) -> None:
             raise ValueError("distil.data=pairs learns the chosen answers of preference.pairs; add a section preference")
     if settings.treg is not None and settings.stage != "rl":
         raise ValueError(f"treg reshapes advantages, which stage={settings.stage} has none of; use preference.treg, or stage=rl")
+    if settings.stage == "preference" and settings.loss.kl_coef > 0:
+        raise ValueError(
+            "loss.kl_coef adds a KL on sampled answers, and stage=preference samples none (its beta is what holds the policy); "
+            "set it to 0"
+        )
+    if distil is not None and distil.teacher.mode == "scalar":
+        _check_scalar(settings)
     _check_updates(settings)
     _check_samples(settings)
 
@@ -73,6 +80,15 @@ def _check_teachers_runs(settings: Settings) -> None:
         raise ValueError(
             "preference.treg favours the tokens of better answers, and one of the teacher's two models learns the worse ones; "
             "leave it out, or train the models by themselves and name them in distil.teacher.dpo and distil.teacher.reverse"
+        )
+
+
+def _check_scalar(settings: Settings) -> None:
+    """The token reward of mode scalar is an expectation over the policy itself, at temperature 1 and unshaped."""
+    if settings.rollout.is_shaped or settings.correction in ("truncated", "replay") or settings.rollout.temperature != 1:
+        raise ValueError(
+            "distil.teacher.mode=scalar takes sampled tokens for the policy's own, and rollout or correction draw or weigh them "
+            "otherwise; use mode=hidden or topk, or plain sampling at temperature 1 with correction=none"
         )
 
 

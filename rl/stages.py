@@ -49,6 +49,7 @@ def teacher_settings(settings: Settings, folder: RunFolder, name: str) -> Settin
             "distil": None,
             "treg": None,
             "learner": learner,
+            "loss": settings.loss.model_copy(update={"kl_coef": 0.0}),
             "output": output,
             "rollout": settings.rollout.model_copy(update={"refill": 0}),
             "max_tokens": None,
@@ -83,9 +84,12 @@ def with_teachers(settings: Settings, dpo: Path, reverse: Path) -> Settings:
     assert settings.distil is not None
     teacher = settings.distil.teacher.model_copy(update={"dpo": str(dpo), "reverse": str(reverse)})
     keeps = settings.distil.data == "pairs"
+    beta0 = settings.distil.beta0
+    if beta0 is None and settings.preference is not None:
+        beta0 = settings.preference.beta
     return settings.model_copy(
         update={
-            "distil": settings.distil.model_copy(update={"teacher": teacher}),
+            "distil": settings.distil.model_copy(update={"teacher": teacher, "beta0": beta0}),
             "preference": settings.preference if keeps else None,
         }
     )

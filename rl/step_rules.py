@@ -173,7 +173,7 @@ def chosen_params(settings: Settings) -> dict[str, object]:
         of_stage |= {f"preference.{name}": getattr(preference, name) for name in ("form", "reverse", "beta")}
     if distil is not None:
         of_stage |= {f"distil.teacher.{name}": getattr(distil.teacher, name) for name in ("mode", "r")}
-        of_stage["distil.beta0"] = distil.beta0
+        of_stage["distil.beta0"] = distil.scale
     return {
         "stage": settings.stage,
         **of_stage,

@@ -8,8 +8,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 
 from launch.version import project_version
+from reward.heads import refuse_head
 from reward.teacher_files import check_ids, source_folder, vocabulary_size
 from rl.checkpointing import Resume, find_resume, take_over
 from rl.cluster import Workforce, check_cluster, connect, disconnect
@@ -67,7 +69,12 @@ def check_before_teachers(settings: Settings) -> None:
     inputs = find_inputs(settings)
     check_resources(settings, cpus=float("inf"), gpus=float("inf"))
     assert settings.distil is not None
-    check_ids(settings.distil.teacher, vocabulary_size(inputs.tokenizer))
+    teacher = settings.distil.teacher
+    check_ids(teacher, vocabulary_size(inputs.tokenizer))
+    if inputs.model is not None:
+        trusted = settings.model.trust_remote_code
+        config = AutoConfig.from_pretrained(str(inputs.model), trust_remote_code=trusted)
+        refuse_head("model.path", config, plain=teacher.mode != "scalar")
 
 
 def run_stage(settings: Settings, *, config_path: Path) -> int:

@@ -44,7 +44,7 @@ def distillation_of(settings: Settings, batch: TrainBatch, vocabulary: int) -> D
         mode=teacher.mode,
         r=teacher.r,
         eps=teacher.eps,
-        beta0=distil.beta0,
+        beta0=distil.scale,
         beta_max=distil.beta_max,
         weight=distil.weight if settings.stage == "rl" else 1.0,
         length_norm=distil.length_norm,

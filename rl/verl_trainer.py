@@ -20,7 +20,7 @@ from rl.verl_loss import batch_signal, with_signal
 from rl.verl_options import ESTIMATORS, REWARD_MANAGER, heterogeneous_settings
 
 try:
-    import transfer_queue as tq
+    import transfer_queue as tq  # pyright: ignore[reportMissingImports]
 except ImportError as error:
     raise ConfigError("verl's trainers need the package TransferQueue", fix="pip install 'TransferQueue>=0.1.10'") from error
 

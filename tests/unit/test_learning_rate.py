@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rl.learner import deepspeed_config, learning_rate
+from rl.optimisation import deepspeed_config, learning_rate
 from rl.settings import LearnerSettings
 
 

@@ -133,3 +133,17 @@ def test_a_final_softcap_of_the_model_reaches_the_head() -> None:
     assert PolicyModel(_llama(final_logit_softcapping=30.0)).head.softcap == 30.0
     assert PolicyModel(_llama()).head.softcap is None
     assert not hasattr(GemmaConfig(), "logit_scale")  # a family without the field is no reason to refuse
+
+
+def test_a_model_is_loaded_without_its_dropout(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 20, "num_attention_heads": 2, "num_hidden_layers": 1}
+    llama = LlamaConfig(**sizes, hidden_size=8, intermediate_size=8, attention_dropout=0.5)
+    gpt = GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    for name, lm in (("llama", LlamaForCausalLM(llama)), ("gpt", GPT2LMHeadModel(gpt))):
+        lm.save_pretrained(tmp_path / name)
+        policy = load_policy(tmp_path / name, dtype="float32").train()
+        token_BS, place_T = torch.arange(6)[None], torch.arange(5)
+        first, second = (policy(token_BS, place_T, token_BS[0, 1:]).raw for _ in range(2))
+        assert torch.equal(first, second)

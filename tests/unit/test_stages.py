@@ -151,3 +151,27 @@ def test_frozen_models_have_their_places_in_the_plan() -> None:
 )
 def test_the_head_of_a_run_names_its_stage(recipe: str, name: str) -> None:
     assert method_name(load_settings(Path(f"configs/recipes/{recipe}.yaml"))) == name
+
+
+def test_a_teacher_that_the_run_trains_stands_for_a_reward_of_its_own_beta(tmp_path: Path) -> None:
+    tree = PIPELINE | {"preference": {"steps": 3, "beta": 0.4}}
+    made = with_teachers(Settings.model_validate(tree), tmp_path / "a", tmp_path / "b")
+    assert made.distil is not None and made.distil.scale == 0.4
+    asked = with_teachers(Settings.model_validate(tree | {"distil": {"beta0": 0.2}}), tmp_path / "a", tmp_path / "b")
+    assert asked.distil is not None and asked.distil.scale == 0.2
+    given = _settings(distil={"teacher": {"dpo": "a", "reverse": "b"}})
+    assert given.distil is not None and given.distil.scale == 0.1
+
+
+@pytest.mark.parametrize("changes", [{"rollout": {"temperature": 0.7}}, {"rollout": {"adaptive": {}}}, {"correction": "truncated"}])
+def test_the_scalar_form_is_refused_where_tokens_are_not_the_policys_own(changes: dict[str, Any]) -> None:
+    teacher = {"dpo": "a", "reverse": "b", "mode": "scalar"}
+    with pytest.raises(ValidationError, match="takes sampled tokens for the policy's own"):
+        _settings(distil={"teacher": teacher}, **changes)
+
+
+def test_a_kl_that_the_preference_stage_would_not_read_is_refused_and_its_teachers_runs_have_none(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="stage=preference samples none"):
+        _settings(stage="preference", preference={}, loss={"kl_coef": 0.1})
+    made = teacher_settings(Settings.model_validate(PIPELINE | {"loss": {"kl_coef": 0.1}}), RunFolder(tmp_path / "run"), "dpo")
+    assert made.loss.kl_coef == 0
