@@ -127,8 +127,9 @@ def compare_teachers(root: Path, overrides: Sequence[str]) -> dict[str, Any]:
     alone = root / "dpo-alone"
     if _last_evaluation(alone) <= 0:
         steps = round(sum(tokens.values()) / per_step)
-        own = [*SETTINGS, *overrides, f'output.dir="{alone}"', f"max_steps={steps}", "eval.before=false"]
-        train(RECIPES / "dpo.yaml", own, log=root / "dpo-alone.log", deadline_s=DEADLINE_S)
+        own = [*SETTINGS, *overrides, f'output.dir="{alone}"', f"preference.steps={steps}", "eval.before=false"]
+        own += ["stage=preference", "distil=null"]  # the same preference settings, and nothing after them
+        train(RECIPES / "aligndistil.yaml", own, log=root / "dpo-alone.log", deadline_s=DEADLINE_S)
     start = _problems(folder, 0)
     rows = {
         "start": (start, 0.0),
