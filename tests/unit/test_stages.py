@@ -163,7 +163,9 @@ def test_a_teacher_that_the_run_trains_stands_for_a_reward_of_its_own_beta(tmp_p
     assert given.distil is not None and given.distil.scale == 0.1
 
 
-@pytest.mark.parametrize("changes", [{"rollout": {"temperature": 0.7}}, {"rollout": {"adaptive": {}}}, {"correction": "truncated"}])
+@pytest.mark.parametrize(
+    "changes", [{"rollout": {"temperature": 0.7}}, {"rollout": {"adaptive": {}}}, {"correction": "truncated"}]
+)
 def test_the_scalar_form_is_refused_where_tokens_are_not_the_policys_own(changes: dict[str, Any]) -> None:
     teacher = {"dpo": "a", "reverse": "b", "mode": "scalar"}
     with pytest.raises(ValidationError, match="takes sampled tokens for the policy's own"):
