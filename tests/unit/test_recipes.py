@@ -20,6 +20,12 @@ REWARD_OF = {
     "hbpo_shaped": "hbpo",
     "thinkprune": "correct",
     "decoupled": "correct",
+    "dpo": "correct",
+    "reverse_dpo": "correct",
+    "treg": "correct",
+    "aligndistil": "correct",
+    "hbpo_aligndistil": "hbpo",
+    "hbpo_treg": "hbpo",
 }
 RECIPES = sorted(path.stem for path in (PACKAGED / "recipes").glob("*.yaml"))
 HAPO = ("hapo", "hapo_average", "hapo_clipping", "hapo_redistribution", "hapo_temperature")
@@ -28,7 +34,11 @@ NEEDED = {
     "history_min": {("data", "size")},
     "thinkprune": {("rollout", "length_schedule")},
     "aec": {("rollout", "effort_template"), ("eval", "with_budgets")},
-} | dict.fromkeys(("dapo", *HAPO), {("rollout", "refill"), ("learner", "minibatches")})
+    # an engine less makes room for the workers of frozen models
+    "hbpo_treg": {("treg",), ("rollout", "workers")},
+    "hbpo_aligndistil": {("preference",), ("distil",), ("rollout", "workers")},
+    "aligndistil": {("stage",), ("preference",), ("distil",), ("rollout", "workers"), ("max_steps",)},
+} | dict.fromkeys(("dpo", "reverse_dpo", "treg"), {("stage",), ("preference",), ("learner", "lr"), ("max_steps",)}) | dict.fromkeys(("dapo", *HAPO), {("rollout", "refill"), ("learner", "minibatches")})
 """What a method cannot do without beside its own sections."""
 METHOD = {("reward",), ("advantage",), ("loss",), ("correction",), ("learner", "train_prefix"), ("eval", "shaped")}
 METHOD |= {("rollout", key) for key in ("budgets", "budget_kind", "budget_place", "adaptive", "reflex")}

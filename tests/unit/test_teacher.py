@@ -280,7 +280,7 @@ def test_files_that_cannot_work_are_refused_before_anything_starts(models: dict[
     refused("teacher.base=.* is a LoRA adapter", dpo=adapter, reverse=adapter, base=adapter)
     head = str(save_adapter(models["student"], tmp_path / "head", target_modules=["q_proj", "lm_head"]))
     refused("teacher.reverse=.* changes more than inner layers", dpo=adapter, reverse=head, base=str(models["student"]))
-    refused("teacher.top_k=150 and teacher.student_k=64 are 214 ids", mode="topk", top_k=150, student_k=64)
+    refused("distil.teacher.top_k=150 and distil.teacher.student_k=64 are 214 ids", mode="topk", top_k=150, student_k=64)
     bare = save_model(tmp_path / "bare")
     (bare / "model.safetensors").unlink()
     refused("teacher.dpo=.*bare holds no safetensors weights", dpo=str(bare))
@@ -351,7 +351,7 @@ def test_requests_whose_parts_do_not_fit_are_named(models: dict[str, Path]) -> N
 def test_settings_that_contradict_themselves_are_refused() -> None:
     for settings, message in (
         ({"base": "a/b", "dpo": "a/c"}, "teacher.reverse names none"),
-        ({"dpo_revision": "abc"}, "teacher.dpo_revision is set and teacher.dpo is not"),
+        ({"dpo_revision": "abc"}, "distil.teacher.dpo_revision is set and distil.teacher.dpo is not"),
         ({"eps": 0.0}, "eps"),
         ({"mode": "full"}, "mode"),
     ):
