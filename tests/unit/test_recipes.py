@@ -38,7 +38,9 @@ NEEDED = {
     "hbpo_treg": {("treg",), ("rollout", "workers")},
     "hbpo_aligndistil": {("preference",), ("distil",), ("rollout", "workers")},
     "aligndistil": {("stage",), ("preference",), ("distil",), ("rollout", "workers"), ("max_steps",)},
-} | dict.fromkeys(("dpo", "reverse_dpo", "treg"), {("stage",), ("preference",), ("learner", "lr"), ("max_steps",)}) | dict.fromkeys(("dapo", *HAPO), {("rollout", "refill"), ("learner", "minibatches")})
+}
+NEEDED |= dict.fromkeys(("dpo", "reverse_dpo", "treg"), {("stage",), ("preference",), ("learner", "lr"), ("max_steps",)})
+NEEDED |= dict.fromkeys(("dapo", *HAPO), {("rollout", "refill"), ("learner", "minibatches")})
 """What a method cannot do without beside its own sections."""
 METHOD = {("reward",), ("advantage",), ("loss",), ("correction",), ("learner", "train_prefix"), ("eval", "shaped")}
 METHOD |= {("rollout", key) for key in ("budgets", "budget_kind", "budget_place", "adaptive", "reflex")}
