@@ -16,7 +16,7 @@ from tests.e2e.runs import RUN_DEADLINE_S, SMALL, Workplace, records, step_recor
 
 STEPS = 4
 SHARED = (
-    *SMALL, "preference.pairs={source: rollouts, prompts: 48, samples: 8, per_prompt: 2, held_out: 4}",
+    *SMALL, "preference.pairs={source: rollouts, prompts: 96, samples: 8, per_prompt: 2, held_out: 4}",
     "preference.pairs_per_step=4", "output.checkpoint_every=2", "eval.after=true", "learner.threads_per_rank=1",
     "rollout.budgets=[free]",
 )  # fmt: skip
