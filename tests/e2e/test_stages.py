@@ -16,8 +16,9 @@ from tests.e2e.runs import RUN_DEADLINE_S, SMALL, Workplace, records, step_recor
 
 STEPS = 4
 SHARED = (
-    *SMALL, "preference.pairs={source: rollouts, prompts: 96, samples: 8, per_prompt: 2, held_out: 4}",
-    "preference.pairs_per_step=4", "output.checkpoint_every=2", "eval.after=true", "learner.threads_per_rank=1",
+    *SMALL,
+    "preference.pairs={source: rollouts, prompts: 96, samples: 8, per_prompt: 2, held_out: 4, prefer_short: false}",
+    "preference.pairs_per_step=4", "preference.lr=2e-5", "output.checkpoint_every=2", "eval.after=true", "learner.threads_per_rank=1",
     "rollout.budgets=[free]",
 )  # fmt: skip
 PIPELINE = (
