@@ -18,8 +18,8 @@ STEPS = 4
 SHARED = (
     *SMALL,
     "preference.pairs={source: rollouts, prompts: 96, samples: 8, per_prompt: 2, held_out: 4, prefer_short: false}",
-    "preference.pairs_per_step=4", "preference.lr=2e-5", "output.checkpoint_every=2", "eval.after=true", "learner.threads_per_rank=1",
-    "rollout.budgets=[free]",
+    "preference.pairs_per_step=4", "preference.lr=2e-5", "output.checkpoint_every=2", "eval.after=true",
+    "rollout.budgets=[free]", "learner.threads_per_rank=1",
 )  # fmt: skip
 PIPELINE = (
     *SHARED, f"preference.steps={STEPS}", "max_steps=2",
