@@ -64,8 +64,8 @@ class BudgetColumns(PPOTrainer):
             data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
             check_keys(batch.keys)
             # verl's queue wraps what is no tensor, or not, by its backend.
-            told = [getattr(fields, "data", fields).get("reward_extra_info", {}) for fields in data["extra_fields"]]
-            found = told_columns(told)
+            extra: list[Any] = [getattr(fields, "data", fields) for fields in data["extra_fields"]]
+            found = told_columns([fields.get("reward_extra_info", {}) for fields in extra])
         with columns(**found):
             return super()._compute_advantage(batch, metrics)
 
