@@ -35,6 +35,14 @@ _EFFORT_ACCURACY = re.compile(r"eval/x(\d+\.\d\d)/accuracy")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
+_STAGES = {
+    "rl": ("reinforcement-learning", "reinforcement learning"),
+    "preference": ("preference-optimization", "preference optimisation on pairs of answers"),
+    "distil": ("distillation", "distillation from a composed teacher (AlignDistil)"),
+}
+"""Tag and words of a model card by `stage`."""
+
+
 class ExportError(BudgetRLError):
     """A checkpoint cannot be written as a Hugging Face folder."""
 
@@ -132,7 +140,9 @@ def model_card(manifest: Manifest, metrics: Mapping[str, float], decoding: Decod
     base = str(_setting(manifest, "model.path"))
     warm_started = _setting(manifest, "warm_start") is not None
     is_public = _is_hub_id(base) and not warm_started
-    header = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [budget-rl, reinforcement-learning]"]
+    stage = str(_setting(manifest, "stage") or "rl")
+    tag, learnt = _STAGES[stage]
+    header = ["---", "library_name: transformers", "pipeline_tag: text-generation", f"tags: [budget-rl, {tag}]"]
     header += [f"base_model: {base}"] if is_public else []
     rows = {
         "base model": base if is_public else Path(base).name + (", made by a supervised warm start" if warm_started else ""),
@@ -147,7 +157,17 @@ def model_card(manifest: Manifest, metrics: Mapping[str, float], decoding: Decod
         "steps": manifest.step,
         "response tokens seen in training": manifest.tokens_seen,
     }
-    lines = [*header, "---", "", "# Model card", "", "Trained by reinforcement learning with budget-rl.", ""]
+    if stage != "rl":  # nothing was rewarded: the answers of an RL step are none of these models'
+        for name in ("method", "advantage", "rollouts per prompt", "prompts per step"):
+            del rows[name]
+        asked = {
+            "preference loss": "preference.form", "answers exchanged": "preference.reverse", "beta": "preference.beta",
+            "pairs": "preference.pairs.source", "pairs per step": "preference.pairs_per_step", "teacher": "distil.teacher.mode",
+            "r": "distil.teacher.r",
+        }  # fmt: skip
+        found = {name: _setting(manifest, key) for name, key in asked.items()}
+        rows |= {name: value for name, value in found.items() if value is not None}
+    lines = [*header, "---", "", "# Model card", "", f"Trained by {learnt} with budget-rl.", ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
     if metrics:
         lines += ["## Figures of the run at this step", "", "| metric | value |", "|---|---|"]

@@ -20,7 +20,7 @@ def check_stage(settings: Settings) -> None:
     makes_teachers = makes_its_teachers(settings)
     if preference is not None and settings.stage != "preference" and not makes_teachers and not _reads_pairs(settings):
         raise ValueError(
-            f"the section preference is never used in stage={settings.stage}: set stage=preference, or leave it out; "
+            f"the section preference is never used in stage={settings.stage}: set stage=preference, or preference=null; "
             "a distillation uses it where distil.teacher.dpo and reverse are not given"
         )
     if distil is not None and (distil.teacher.dpo is None) != (distil.teacher.reverse is None):

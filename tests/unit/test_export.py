@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from reward.calibration import Calibration
-from rl.export import ExportError, export_checkpoint
+from rl.export import ExportError, export_checkpoint, model_card
 from rl.manifest import CheckpointError, begin, commit
 from rl.sampling_state import SamplingState
 from rl.settings import RolloutSettings, Settings
@@ -222,3 +222,20 @@ def test_a_target_with_files_is_refused_and_an_empty_one_is_used(tmp_path: Path,
 def test_a_folder_without_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="neither a checkpoint nor a run"):
         export_checkpoint(tmp_path, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"), [("rl", "reinforcement learning"), ("preference", "preference optimisation"), ("distil", "distillation")]
+)
+def test_a_card_says_what_kind_of_training_made_the_model(stage: str, words: str) -> None:
+    config = config_of() | {"stage": stage}
+    if stage == "preference":
+        config["preference"] = {"form": "dpo", "reverse": True, "beta": 0.3, "pairs": {"source": "rollouts"}, "pairs_per_step": 8}
+    manifest = Manifest(
+        step=20, config=config, cursor=0, tokens_seen=0, minutes_spent=0.0, tracker_run_id=None, weights=WeightVersion(20, "a"),
+        world_size=1,
+    )
+    card = model_card(manifest, {})
+    assert f"Trained by {words}" in card
+    assert ("| rollouts per prompt |" in card) is (stage == "rl")
+    assert ("| preference loss | dpo |" in card) is (stage == "preference")
